@@ -1,0 +1,1 @@
+"""What a trained pipeline is worth: classes, orientation, coverage, distances, obedience to the control."""

@@ -1,0 +1,144 @@
+"""Does a pipeline draw what it is asked for? A judge looks at classes, orientation and coverage; detail is measured."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from improved_ldm.data.samples import make_loader
+from improved_ldm.data.sources import Rows
+from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.evaluation.judge import Judge
+from improved_ldm.evaluation.scores import coverage, frechet_distance, high_frequency_energy
+from improved_ldm.pipeline import ImprovedLDMPipeline
+
+BATCH_SIZE = 250
+SIZE_FRACTIONS = (1.0, 0.75, 0.5, 0.36, 0.25)  # of the default original size, for the test of detail
+NUM_DETAIL_SEEDS = 100
+ORIENTED = ("Sandal", "Sneaker", "Ankle boot")  # classes that all point one way in the data
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images of the test split that samples are compared with.
+
+    Args:
+        pixels: (images, 3, height, width) in [−1, 1].
+        labels: (images,) int.
+        captions: one an image.
+        class_names: in the order of the labels.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    captions: list[str]
+    class_names: list[str]
+
+    def prompts(self, count: int) -> tuple[list, torch.Tensor]:
+        """Captions of `count` images, the classes in turn, and their labels."""
+        places = [torch.nonzero(self.labels == label).flatten().tolist() for label in range(len(self.class_names))]
+        chosen = [places[i % len(places)][i // len(places) % len(places[i % len(places)])] for i in range(count)]
+        return [self.captions[place] for place in chosen], self.labels[chosen]
+
+
+def load_real_images(rows: Rows, resolution: int, count: int) -> RealImages:
+    """The first `count` images of a labelled, captioned set, whole and unflipped, at a resolution in pixels."""
+    loader = make_loader(rows, ImageTransform(resolution), BATCH_SIZE, shuffle_window=1, repeat=False)
+    batches = list(islice(loader, -(-count // BATCH_SIZE)))
+    return RealImages(
+        torch.cat([batch["pixels"] for batch in batches])[:count],
+        torch.cat([batch["label"] for batch in batches])[:count],
+        [caption for batch in batches for caption in batch["caption"]][:count],
+        rows.class_names,
+    )
+
+
+@torch.no_grad()
+def evaluate_obedience(
+    pipeline: ImprovedLDMPipeline,
+    judge: Judge,
+    real: RealImages,
+    num_samples: int,
+    num_coverage_samples: int,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Measure a pipeline at its default guidance and steps.
+
+    Args:
+        pipeline: what is measured.
+        judge: looks at the samples.
+        real: test images of the judge's own data set.
+        num_samples: images whose class and orientation are judged, half of them asked to be flipped.
+        num_coverage_samples: images for coverage and Fréchet distance, none flipped.
+        seed: image i is drawn from `seed` + i.
+
+    Returns:
+        Named shares and distances; the judge's own shares on the real images stand beside them.
+    """
+    num_samples -= num_samples % 2
+    prompts, labels = real.prompts(num_samples)
+    flips = torch.arange(num_samples) // len(real.class_names) % 2
+    asked_flips = flips.bool().tolist() if pipeline.takes_control else None
+    samples = draw(pipeline, prompts, labels, seed, flip=asked_flips)
+    results = {
+        "class_accuracy": _class_accuracy(judge, samples, labels),
+        "real_class_accuracy": _class_accuracy(judge, real.pixels, real.labels),
+        "real_orientation_accuracy": _orientation_accuracy(judge, real, real.pixels, real.labels, False),
+        "num_samples": num_samples,
+    }
+    if pipeline.takes_control:
+        results["orientation_accuracy"] = _orientation_accuracy(judge, real, samples, labels, flips)
+        results |= _detail(pipeline, judge, real, seed)
+
+    prompts, labels = real.prompts(num_coverage_samples)
+    fake_features = judge.features(draw(pipeline, prompts, labels, seed + num_samples))
+    real_features = judge.features(real.pixels)
+    return results | {
+        "coverage": coverage(real_features, fake_features),
+        "judge_fid": frechet_distance(real_features, fake_features),
+        "num_coverage_samples": num_coverage_samples,
+        "num_real_images": len(real.pixels),
+    }
+
+
+def draw(pipeline: ImprovedLDMPipeline, prompts: list[str], labels: torch.Tensor, seed: int, **controls):
+    """Samples (images, 3, height, width) in [−1, 1], image i from `seed` + i; control lists are one an image."""
+    pixels = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
+        semantic = {"prompt": prompts[part]} if pipeline.takes_text else {"class_labels": labels[part].tolist()}
+        control = {name: value[part] for name, value in controls.items() if value is not None}
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts[part]))]
+        images = pipeline(**semantic, **control, generator=generators, output_type="pt").images
+        pixels.append(images.float().cpu() * 2 - 1)
+    return torch.cat(pixels)
+
+
+def _class_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tensor) -> float:
+    return (judge.class_and_flip(pixels)[0] == labels).float().mean().item()
+
+
+def _orientation_accuracy(judge: Judge, real: RealImages, pixels, labels, flips: torch.Tensor | bool) -> float:
+    """Share of images of oriented classes that point as asked."""
+    oriented = torch.isin(labels, torch.tensor([real.class_names.index(name) for name in ORIENTED]))
+    agrees = judge.class_and_flip(pixels)[1] == flips
+    return agrees[oriented].float().mean().item()
+
+
+def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, seed: int) -> dict[str, float | list]:
+    """What a lower `original_size` does to detail and to the class, each image from the same seed at every size."""
+    prompts, labels = real.prompts(NUM_DETAIL_SEEDS)
+    side = pipeline.config.default_original_size
+    sizes = [max(1, round(side * fraction)) for fraction in SIZE_FRACTIONS]
+    energies, classes = [], []
+    for size in sizes:
+        samples = draw(pipeline, prompts, labels, seed, original_size=[(size, size)] * len(prompts))
+        energies.append(high_frequency_energy(samples).mean().item())
+        classes.append(judge.class_and_flip(samples)[0])
+    kept = torch.stack([drawn == classes[0] for drawn in classes[1:]])
+    return {
+        "detail_original_sizes": sizes,
+        "detail_high_frequency_energy": energies,
+        "detail_falls_with_size": all(low < high for high, low in zip(energies, energies[1:], strict=False)),
+        "detail_class_kept": kept.float().mean().item(),
+    }

@@ -1,0 +1,1 @@
+"""What turns a trained folder into a model that others find and understand."""

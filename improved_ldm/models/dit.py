@@ -1,0 +1,171 @@
+"""DiT: a transformer over latent patches, modulated by adaLN-Zero (Peebles and Xie, 2023)."""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.layers import (
+    NORM_EPS,
+    Attention,
+    Modulation,
+    OutputLayer,
+    PatchEmbedding,
+    initialize,
+    modulate,
+    plain_norm,
+)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward, each modulated; between them cross-attention to the semantic tokens.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        mlp_ratio: width of the feed-forward over `dim`.
+        cross_attention: whether the block reads semantic tokens (the disentangled mode).
+        qk_norm: RMS-normalise queries and keys.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross_attention: bool, qk_norm: bool):
+        super().__init__()
+        self.modulation = Modulation(dim, 6)
+        self.norm1 = plain_norm(dim)
+        self.attn1 = Attention(dim, num_heads, qk_norm)
+        self.norm_cross = nn.LayerNorm(dim, eps=NORM_EPS) if cross_attention else None
+        self.attn2 = Attention(dim, num_heads, qk_norm) if cross_attention else None
+        self.norm2 = plain_norm(dim)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
+
+    def zero_start(self):
+        """Let the semantic tokens change nothing until they are trained."""
+        if self.attn2 is not None:
+            nn.init.zeros_(self.attn2.to_out[0].weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        embedding: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # (batch, tokens, dim), (batch, dim), (batch, context, dim), (batch, 1, 1, context) → (batch, tokens, dim)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)
+        attended = self.attn1(modulate(self.norm1(hidden_states), shift1, scale1))
+        hidden_states = torch.addcmul(hidden_states, gate1, attended)
+        if self.attn2 is not None:
+            attended = self.attn2(self.norm_cross(hidden_states), encoder_hidden_states, encoder_attention_mask)
+            hidden_states = hidden_states + attended
+        return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), shift2, scale2)))
+
+
+class DiTDenoiser(Denoiser):
+    """DiT with classes or text, disentangled or as published.
+
+    Args:
+        sample_size: latent pixels a side at training.
+        in_channels: latent channels.
+        out_channels: channels of the prediction; twice `in_channels` where the variance is learned.
+        patch_size: latent pixels a side of a patch.
+        hidden_size: channels of a token, divisible by `num_attention_heads` and 4.
+        num_layers: blocks.
+        num_attention_heads: heads.
+        mlp_ratio: width of the feed-forward over `hidden_size`.
+        qk_norm: RMS-normalise queries and keys.
+        conditioning: `disentangled` (cross-attention to semantic tokens; timestep and control modulate) or
+            `published` (class or pooled text added to the timestep; no control).
+        num_classes: classes, or None.
+        num_class_tokens: tokens a class gives in the disentangled mode.
+        text_dim: channels of the text tokens, or None.
+        pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
+        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
+        control_power: α of the cosine ramp.
+        num_train_timesteps: T.
+        position_extent: coordinates that the longer side of the grid spans; default: its patches at training.
+
+    Raises:
+        ValueError: for sizes that do not divide or conditions that contradict the mode.
+
+    Source: DiT; the disentangled mode from the paper, section 2 of the method; cross-attention is normalised and
+    starts at zero by our choice.
+    """
+
+    _no_split_modules = ("DiTBlock",)
+    _repeated_blocks = ("DiTBlock",)
+    _published_text_arguments = ("pooled_dim",)
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        conditioning: str = "disentangled",
+        num_classes: int | None = None,
+        num_class_tokens: int = 1,
+        text_dim: int | None = None,
+        pooled_dim: int | None = None,
+        control_weight: str = "cosine",
+        control_power: float = 1.0,
+        num_train_timesteps: int = 1000,
+        position_extent: float | None = None,
+    ):
+        super().__init__()
+        self.check_width()
+        attends = conditioning == "disentangled" and (num_classes is not None or text_dim is not None)
+        self.trunk = self.make_trunk(attends)
+        self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
+        self.register_positions()
+        self.transformer_blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm) for _ in range(num_layers)
+        )
+        self.output_layer = OutputLayer(hidden_size, patch_size, out_channels)
+        self.gradient_checkpointing = False
+        initialize(self)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the objective's target; arguments and result as `Denoiser` says."""
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "class_labels": class_labels,
+            "control": control,
+            "pooled_projections": pooled_projections,
+        }
+        grid = self.check_inputs(hidden_states, **conditions)  # (rows, columns) of patches
+
+        # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
+        embedding, context, context_mask = self.trunk(hidden_states, timestep, **conditions)
+
+        # patches: (batch, channels, height, width) → (batch, tokens, dim)
+        hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)
+
+        # blocks: (batch, tokens, dim)
+        for block in self.transformer_blocks:
+            hidden_states = self.run_block(block, hidden_states, embedding, context, context_mask)
+
+        # output: (batch, tokens, dim) → (batch, out_channels, height, width)
+        sample = self.output_layer(hidden_states, embedding, grid)
+        return self.output(sample, return_dict)

@@ -1,0 +1,1 @@
+"""What the training scripts share: typed config, loop, state and resume, EMA, reports."""

@@ -1,0 +1,100 @@
+"""The models of a run, loaded or made as its configuration says."""
+
+from pathlib import Path
+
+from diffusers import AutoModel
+from diffusers.models.modeling_utils import ModelMixin
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+from transformers import AutoModel as AutoTransformersModel
+
+from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.data.latents import SampleEncoder
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.presets import denoiser_class, make_denoiser
+from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
+
+ASSETS = Path(__file__).parents[1] / "assets"
+# model type → the class that is the text tower alone
+TEXT_TOWERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+
+
+def resolve(pretrained: str) -> str:
+    """The folder of an `embedded:` name; any other place as it is.
+
+    Raises:
+        ValueError: for an embedded name that does not exist.
+    """
+    if not pretrained.startswith("embedded:"):
+        return pretrained
+    folder = ASSETS / pretrained.removeprefix("embedded:")
+    if not folder.is_dir():
+        names = ", ".join(f"embedded:{path.name}" for path in sorted(ASSETS.iterdir()) if path.is_dir())
+        raise ValueError(f"{pretrained!r} is not there; the package has {names}.")
+    return str(folder)
+
+
+def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
+    """The autoencoder, frozen."""
+    vae = AutoModel.from_pretrained(resolve(config.pretrained), subfolder=config.subfolder or "")
+    return vae.requires_grad_(False).eval()
+
+
+def load_text_encoder(config: TextConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the text encoder, frozen.
+
+    Raises:
+        ValueError: if the encoder has fewer positions than `max_tokens`.
+    """
+    place = resolve(config.pretrained)
+    encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(place).model_type, AutoTransformersModel)
+    tokenizer, text_encoder = AutoTokenizer.from_pretrained(place), encoder_class.from_pretrained(place)
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise ValueError(f"`text.max_tokens` is {config.max_tokens}; {config.pretrained} has {positions} positions.")
+    return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None) -> Denoiser:
+    """A fresh denoiser for the latents of an autoencoder.
+
+    Args:
+        config: the run.
+        vae: whose latents it reads.
+        conditions: `num_classes`, or `text_dim` and `pooled_dim`.
+
+    Raises:
+        ValueError: if the resolution does not divide into latent patches.
+    """
+    resolution, factor = config.transform.resolution, spatial_factor(vae)
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    denoiser = make_denoiser(
+        config.denoiser.name,
+        config.denoiser.size,
+        sample_size=max(height, width) // factor,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        conditioning=config.denoiser.conditioning,
+        control_weight=config.denoiser.control_weight,
+        control_power=config.denoiser.control_power,
+        qk_norm=config.denoiser.qk_norm,
+        **conditions,
+        **config.denoiser.options,
+    )
+    multiple = factor * denoiser.config.patch_size
+    if height % multiple or width % multiple:
+        raise ValueError(f"`transform.resolution` is {resolution}; it must be a multiple of {multiple} pixels.")
+    return denoiser
+
+
+def text_dims(config: DenoiserConfig, encoder: SampleEncoder) -> dict[str, int]:
+    """`text_dim` and `pooled_dim` of a text encoder, as far as the configured denoiser reads them."""
+    tokens = encoder.text([""])
+    dims = {"text_dim": tokens.hidden_states.shape[-1], "pooled_dim": tokens.pooled.shape[-1]}
+    return {name: dims[name] for name in denoiser_class(config.name).text_arguments(config.conditioning)}

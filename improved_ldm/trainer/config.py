@@ -1,0 +1,330 @@
+"""The typed configuration of a run: a YAML file, and `--section.key value` on the command line.
+
+pydantic checks types and ranges; unknown keys stop a run with the nearest valid name.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from improved_ldm.conditioning.control import ControlWeight
+from improved_ldm.conditioning.text import TextPadding
+from improved_ldm.data.transforms import CropPolicy, CropPosition
+from improved_ldm.diffusion.objectives import LossWeighting, Prediction
+from improved_ldm.models.denoiser import ConditioningMode
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration that names an unknown key or gives a value of a wrong type or range."""
+
+
+class Section(BaseModel):
+    """A part of a configuration: its fields are all there is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the images come from.
+
+    Args:
+        source: `embedded:fashion-mnist`, a Hub dataset id, a folder or file of parquet, webdataset shards, or an image
+            folder with a metadata file.
+        split: part of the set.
+        name: configuration of a Hub dataset that has several.
+        image_column: column of the images.
+        caption_column: column of the captions.
+        label_column: column of the class labels.
+        shuffle_window: rows shuffled among themselves.
+        num_workers: processes that read and transform.
+    """
+
+    source: str = "embedded:fashion-mnist"
+    split: str = "train"
+    name: str | None = None
+    image_column: str = "image"
+    caption_column: str = "text"
+    label_column: str = "label"
+    shuffle_window: int = Field(1024, ge=1)
+    num_workers: int = Field(0, ge=0)
+
+
+class TransformConfig(Section):
+    """What becomes of an image; the fields are those of `ImageTransform`."""
+
+    resolution: int | tuple[int, int] = 256
+    crop_policy: CropPolicy = "resize_then_crop"
+    crop_position: CropPosition = "random"
+    min_crop: float = Field(1.0, gt=0, le=1)
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    reduce_probability: float = Field(0.0, ge=0, le=1)
+    min_original_size: int | None = Field(None, ge=1)
+
+
+class CacheConfig(Section):
+    """The cache of latents and text tokens.
+
+    Args:
+        passes: how often each image is encoded, with fresh crops and flips each time; 0 encodes while training.
+        folder: where caches are kept; the default is `cache` in the output folder.
+    """
+
+    passes: int = Field(0, ge=0)
+    folder: str | None = None
+
+
+class AutoencoderConfig(Section):
+    """The autoencoder.
+
+    Args:
+        pretrained: `embedded:autoencoder`, a folder, or a Hub id.
+        subfolder: of that place.
+    """
+
+    pretrained: str = "embedded:autoencoder"
+    subfolder: str | None = None
+
+
+class TextConfig(Section):
+    """The text encoder and the padding of its tokens.
+
+    Args:
+        pretrained: `embedded:clip`, a folder, or a Hub id.
+        max_tokens: L, tokens a prompt.
+        padding: what stands behind a short prompt.
+        noise_scale: β_txt of the noisy replicate padding.
+    """
+
+    pretrained: str = "embedded:clip"
+    max_tokens: int = Field(77, ge=1)
+    padding: TextPadding = "noisy_replicate"
+    noise_scale: float = Field(0.02, ge=0)
+
+
+class DenoiserConfig(Section):
+    """The denoiser.
+
+    Args:
+        name: backbone.
+        size: `tiny`, `S`, `B`, `L` or `XL`, a slash and the patch size.
+        conditioning: `disentangled` or `published`.
+        control_weight: kind of γ_c.
+        control_power: α of the cosine ramp.
+        qk_norm: RMS-normalise queries and keys.
+        options: further constructor arguments of the backbone.
+    """
+
+    name: str = "dit"
+    size: str = "XL/2"
+    conditioning: ConditioningMode = "disentangled"
+    control_weight: ControlWeight = "cosine"
+    control_power: float = Field(1.0, gt=0)
+    qk_norm: bool = True
+    options: dict[str, Any] = {}
+
+
+class ObjectiveConfig(Section):
+    """What the denoiser predicts; the fields are the arguments of `make_objective`."""
+
+    prediction: Prediction = "epsilon"
+    loss_weighting: LossWeighting = "uniform"
+    shift: float = Field(1.0, gt=0)
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW, its learning rate and the average of the weights.
+
+    Args:
+        learning_rate: peak.
+        schedule: `constant` after a linear warm-up, or `cosine` down to zero after it.
+        warmup_steps: optimizer steps until the peak.
+        betas: decay rates of the moments.
+        weight_decay: decoupled.
+        max_grad_norm: norm that gradients are clipped to.
+        ema_decay: decay a step of the average that is sampled and saved.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+
+
+class TrainingConfig(Section):
+    """The loop.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: images a process and micro-batch.
+        gradient_accumulation_steps: micro-batches a step.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        semantic_dropout: probability of the null prompt or class.
+        control_dropout: probability of the null control.
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        compile: compile the denoiser's repeated blocks.
+        log_every: steps between values sent to trackers and the loss curve.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many are kept.
+        trackers: of accelerate: `tensorboard`, `wandb`, …
+    """
+
+    steps: int = Field(400_000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    semantic_dropout: float = Field(0.1, ge=0, le=1)
+    control_dropout: float = Field(0.1, ge=0, le=1)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(5000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+class SamplingConfig(Section):
+    """The samples of a run and the defaults of the pipeline that it leaves.
+
+    Args:
+        every: steps between sample grids; 0 draws one at the end only.
+        prompts: rows of the grid; the default takes captions, or one a class, from the data.
+        guidance_scale: λ.
+        num_inference_steps: steps.
+    """
+
+    every: int = Field(0, ge=0)
+    prompts: tuple[str, ...] | None = None
+    guidance_scale: float = 5.0
+    num_inference_steps: int = Field(50, ge=1)
+
+
+class EvaluationConfig(Section):
+    """What is measured at the end.
+
+    Args:
+        judge: `embedded:judge` or a folder of a `Judge`; None measures nothing. It is used where its own data set is
+            the one that was trained on.
+        num_samples: images whose class and orientation are judged.
+        num_coverage_samples: images for coverage and FID.
+    """
+
+    judge: str | None = "embedded:judge"
+    num_samples: int = Field(500, ge=1)
+    num_coverage_samples: int = Field(1000, ge=2)
+
+
+class RunConfig(Section):
+    """A training run, whole.
+
+    Args:
+        output_dir: where everything goes.
+        seed: of weights, data order, noise and samples.
+    """
+
+    output_dir: str = "runs/quickstart"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    transform: TransformConfig = TransformConfig()
+    cache: CacheConfig = CacheConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text: TextConfig = TextConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: Path | None = None) -> ConfigType:
+    """Read a configuration from a YAML file and command-line overrides.
+
+    Args:
+        config_class: the typed configuration.
+        argv: `--config FILE` and `--section.key VALUE` pairs, values in YAML.
+        default_yaml: the file that is read where `--config` names none.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be valid.
+    """
+    overrides = _pair_arguments(argv)
+    path = overrides.pop("config", default_yaml)
+    values = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"--config {path}: there is no such file.")
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    for key, value in overrides.items():
+        _set_nested(values, key, yaml.safe_load(value))
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(config_class, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def parse_config_or_exit(
+    config_class: type[ConfigType], argv: list[str], default_yaml: Path | None = None
+) -> ConfigType:
+    """`parse_config` for a script: an error ends the process with its message alone."""
+    try:
+        return parse_config(config_class, argv, default_yaml)
+    except ConfigError as error:
+        sys.exit(f"configuration error: {error}")
+
+
+def _pair_arguments(argv: list[str]) -> dict[str, str]:
+    pairs, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} stands alone; arguments are written `--section.key value`.")
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            if not words:
+                raise ConfigError(f"--{key} has no value.")
+            value = words.pop(0)
+        pairs[key] = value
+    return pairs
+
+
+def _set_nested(values: dict, key: str, value):
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--{key}: {section!r} is not a section.")
+    values[name] = value
+
+
+def _explain(config_class: type[BaseModel], problem: dict) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"`{key}` is {problem['input']!r}: {problem['msg']}."
+    known = dict(_key_paths(config_class))
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not nearest:  # the right name in a wrong section
+        nearest = [path for path in known if path.rsplit(".", 1)[-1] == problem["loc"][-1]]
+    hint = f"; the nearest valid key is `{nearest[0]}`" if nearest else f"; valid keys are {', '.join(known)}"
+    return f"`{key}` is not a key{hint}."
+
+
+def _key_paths(config_class: type[BaseModel], prefix: str = ""):
+    for name, field in config_class.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _key_paths(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,180 @@
+"""The training loop, the same for every denoiser and every kind of condition."""
+
+import contextlib
+import signal
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from improved_ldm.conditioning.inputs import Conditioning
+from improved_ldm.conditioning.text import pad_tokens
+from improved_ldm.data.latents import EncodedBatch
+from improved_ldm.diffusion.objectives import Objective, objective_loss
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.trainer.config import OptimizerConfig, TextConfig
+from improved_ldm.trainer.draws import StepDraws
+from improved_ldm.trainer.reports import Progress
+from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.state import Checkpoints
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def train(
+    run: Run,
+    denoiser: Denoiser,
+    objective: Objective,
+    batches,
+    on_sample: Callable[[Denoiser, int], None] | None = None,
+) -> Denoiser:
+    """Train a denoiser from the newest checkpoint, or from the start, to the last step of the configuration.
+
+    Ctrl-C, or a signal to terminate, ends it after the current step with a checkpoint.
+
+    Args:
+        run: configuration, folder and processes.
+        denoiser: the fresh model.
+        objective: what it predicts.
+        batches: a loader of `EncodedBatch` with `state_dict` and `load_state_dict`.
+        on_sample: called with the averaged model and the step every `sampling.every` steps.
+
+    Returns:
+        The averaged denoiser (float32).
+
+    Raises:
+        NonFiniteLossError: if the loss is NaN or infinite.
+        SystemExit: after a clean stop.
+    """
+    config, accelerator = run.config.training, run.accelerator
+    denoiser, optimizer, ema = _prepare(run, denoiser)
+    checkpoints = Checkpoints(accelerator, run.folder / "checkpoints", config.keep_checkpoints, ema, batches)
+    start = checkpoints.resume()
+    progress = Progress(run, start)
+    batch_iterator = iter(batches)
+
+    with progress, _stop_signals() as stop:
+        for step in range(start, config.steps):
+            draws = StepDraws(config, objective, run.config.seed, step, accelerator.process_index, accelerator.device)
+            set_learning_rate(optimizer, run.config.optimizer, step, config.steps)
+            loss = _accumulate_gradients(run, denoiser, objective, batch_iterator, draws)
+            gradient_norm = accelerator.clip_grad_norm_(denoiser.parameters(), run.config.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update_parameters(accelerator.unwrap_model(denoiser))
+
+            done = step + 1
+            progress.after_step(done, loss, gradient_norm, optimizer.param_groups[0]["lr"])
+            if on_sample is not None and run.config.sampling.every and done % run.config.sampling.every == 0:
+                on_sample(ema.module, done)
+            stopping = _agree(run, stop, done)
+            if stopping or done == config.steps or done % config.checkpoint_every == 0:
+                progress.flush()
+                checkpoints.save(done)
+            if stopping:
+                raise SystemExit(f"stopped after step {done}; the same command goes on from there")
+    return ema.module
+
+
+def _prepare(run: Run, denoiser: Denoiser) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel]:
+    """The model and the optimizer on their device, and the running average of the weights (float32)."""
+    config, optimizer_config = run.config.training, run.config.optimizer
+    denoiser.train().requires_grad_(True)
+    ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(optimizer_config.ema_decay))
+    ema.requires_grad_(False).eval().to(run.accelerator.device)
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.compile:
+        denoiser.compile_repeated_blocks(fullgraph=True)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(),
+        lr=optimizer_config.learning_rate,
+        betas=optimizer_config.betas,
+        weight_decay=optimizer_config.weight_decay,
+        fused=True,  # three times as fast as the default on CPU
+    )
+    denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)
+    return denoiser, optimizer, ema
+
+
+def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant or a cosine down to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    fraction = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * fraction)).item())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int):
+    """Set the learning rate of a step; a function of the step alone, so there is no state to resume."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(config, step, steps)
+
+
+def _accumulate_gradients(
+    run: Run, denoiser: nn.Module, objective: Objective, batch_iterator, draws: StepDraws
+) -> torch.Tensor:
+    """Gradients of one step, summed over its micro-batches; returns the mean loss, on the device."""
+    micro_batches, total = run.config.training.gradient_accumulation_steps, 0.0
+    for number in range(micro_batches):
+        batch = next(batch_iterator).to(run.accelerator.device)
+        last = number == micro_batches - 1
+        with contextlib.nullcontext() if last else run.accelerator.no_sync(denoiser):
+            loss = batch_loss(run.accelerator, denoiser, objective, batch, run.config.text, draws, number)
+            run.accelerator.backward(loss / micro_batches)
+        total = total + loss.detach() / micro_batches
+    return total
+
+
+def batch_loss(
+    accelerator,
+    denoiser: nn.Module,
+    objective: Objective,
+    batch: EncodedBatch,
+    text: TextConfig,
+    draws: StepDraws,
+    number: int = 0,
+) -> torch.Tensor:
+    """The loss of one micro-batch, a scalar."""
+    inner = accelerator.unwrap_model(denoiser)
+    timestep, no_semantic, no_control = draws.of_micro_batch(number)
+    noise = draws.noise_like(batch.latents)
+    conditions = batch_conditions(batch, text, draws.text_noise).only(inner.inputs)
+    conditions = conditions.dropped(no_semantic, no_control, inner.config.num_classes)
+    noisy = objective.add_noise(batch.latents, noise, timestep)
+    with accelerator.autocast():
+        prediction = denoiser(noisy, timestep, **conditions.kwargs(), return_dict=False)[0]
+    return objective_loss(objective, prediction, objective.target(batch.latents, noise, timestep), timestep)
+
+
+def batch_conditions(batch: EncodedBatch, text: TextConfig, generator: torch.Generator) -> Conditioning:
+    """All that is known of a batch, its text padded."""
+    if batch.text is None:
+        return Conditioning(class_labels=batch.class_labels, control=batch.control)
+    hidden_states, mask = pad_tokens(batch.text, text.padding, text.noise_scale, generator)
+    return Conditioning(hidden_states, mask, batch.text.pooled, control=batch.control)
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Collects interrupt and terminate signals in the list that it yields."""
+    received = []
+    handlers = {name: signal.signal(name, lambda number, _: received.append(number)) for name in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def _agree(run: Run, received: list, step: int) -> bool:
+    """Whether any process was told to stop; several processes ask one another at log steps only."""
+    if run.accelerator.num_processes == 1:
+        return bool(received)
+    if step % run.config.training.log_every:
+        return False
+    flag = torch.tensor(float(bool(received)), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(flag, "sum").item())

@@ -1,0 +1,59 @@
+"""A run: its configuration, its folder, its processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.state import check_same_run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a training script needs to know.
+
+    Args:
+        config: the configuration.
+        folder: where the run leaves everything.
+        accelerator: its processes and precision.
+    """
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that all processes see between two updates."""
+        training = self.config.training
+        return training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def say(self, text: str):
+        """Print on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            self.accelerator.print(text)
+
+
+def start_run(config: RunConfig) -> Run:
+    """Make the run's folder, keep its configuration there and seed the weights.
+
+    Raises:
+        ValueError: if the folder holds a run of another configuration.
+    """
+    folder = Path(config.output_dir)
+    check_same_run(config, folder)
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        log_with=list(config.training.trackers),
+        project_dir=str(folder / "logs"),
+    )
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = config.model_dump(mode="json")
+        (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    accelerator.wait_for_everyone()
+    set_seed(config.seed)
+    return Run(config, folder, accelerator)

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: written whole or not at all, found by step, resumed exactly."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
+
+# Keys whose change leaves a run the same run.
+FREE_KEYS = (
+    "training.steps",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.trackers",
+    "data.num_workers",
+    "sampling",
+    "evaluation",
+)
+
+
+class Checkpoints:
+    """The checkpoints of a run: model, optimizer, EMA, place in the data of every rank.
+
+    accelerate saves model and optimizer; the place in the data is one JSON file a rank.
+
+    Args:
+        accelerator: of the run; the model and the optimizer are prepared.
+        folder: where checkpoints go.
+        keep: how many are kept.
+        ema: the averaged model.
+        batches: the loader, with `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int, ema: AveragedModel, batches):
+        self.accelerator, self.folder, self.keep, self.ema, self.batches = accelerator, folder, keep, ema, batches
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in order."""
+        matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int):
+        """Write the checkpoint of a step, all ranks together; it appears when it is complete."""
+        unfinished, finished = self.folder / f"unfinished-{step}", self._path(step)
+        if finished.exists():
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self._rank_file(unfinished).write_text(json.dumps(self.batches.state_dict()))
+        if self.accelerator.is_main_process:
+            tensors = {name: value.contiguous() for name, value in self.ema.state_dict().items()}
+            save_file(tensors, unfinished / "ema.safetensors")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            unfinished.rename(finished)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self._path(old))
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if there is one, and return its step, else 0.
+
+        Raises:
+            FileNotFoundError: if it was written by fewer processes than there are now.
+        """
+        if not self.steps():
+            return 0
+        step = self.steps()[-1]
+        path = self._path(step)
+        if not self._rank_file(path).exists():
+            raise FileNotFoundError(
+                f"{path} has no place in the data for process {self.accelerator.process_index}; "
+                f"resume with as many processes as it was written by."
+            )
+        self.accelerator.load_state(str(path))
+        self.ema.load_state_dict(load_file(path / "ema.safetensors", device=str(self.accelerator.device)))
+        self.batches.load_state_dict(json.loads(self._rank_file(path).read_text()))
+        return step
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _rank_file(self, path: Path) -> Path:
+        return path / f"data-rank{self.accelerator.process_index}.json"
+
+
+def check_same_run(config: BaseModel, folder: Path):
+    """Raise a ValueError if the folder holds a run that was started with another configuration.
+
+    Only the keys of `FREE_KEYS` may differ.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    earlier, now = (_flatten(values) for values in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
+    changed = [
+        f"`{key}` was {earlier.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key) and not key.startswith(FREE_KEYS) and key != "output_dir"
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with another configuration: {'; '.join(changed)}. "
+            f"Choose another `--output_dir`, or delete the folder to start over."
+        )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,184 @@
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from improved_ldm.conditioning.control import Control, control_tensor
+from improved_ldm.data.transforms import ImageTransform, render, to_pixels
+
+SIDE = st.integers(5, 150)
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def gradient(height, width):
+    """Red is the row, green is the column, each as a fraction of its side."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    channels = [(rows + 0.5) / height * 255, (columns + 0.5) / width * 255, 0 * rows]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+
+
+@st.composite
+def transforms(draw):
+    policy = draw(st.sampled_from(["resize_then_crop", "crop_then_resize"]))
+    return ImageTransform(
+        resolution=(draw(st.integers(4, 48)), draw(st.integers(4, 48))),
+        crop_policy=policy,
+        crop_position=draw(st.sampled_from(["random", "centre"])),
+        min_crop=draw(st.floats(0.1, 1)) if policy == "crop_then_resize" else 1.0,
+        flip_probability=0.5,
+        reduce_probability=0.5,
+        min_original_size=draw(st.integers(1, 60)),
+    )
+
+
+@given(transforms(), SIDE, SIDE, st.integers(0, 2**63 - 1))
+@settings(max_examples=150, deadline=None)
+def test_record_of_a_sample_renders_the_same_pixels(transform, height, width, seed):
+    image = noise(height, width)
+    pixels, control = transform(image, Random(seed))
+    assert pixels.shape == (3, *transform.target_size) and pixels.dtype == torch.float32
+    row = control_tensor([control])[0]
+    assert torch.equal(to_pixels(render(image, Control.from_row(row))), pixels)
+
+
+@given(transforms(), SIDE, SIDE, st.integers(0, 2**63 - 1))
+@settings(max_examples=150, deadline=None)
+def test_record_stays_inside_the_image(transform, height, width, seed):
+    control = transform.draw((height, width), Random(seed))
+    for axis, side in enumerate((height, width)):
+        start, extent = control.crops_coords_top_left[axis], control.crop_size[axis]
+        whole = control.original_size[axis]
+        assert start >= 0 and extent > 0 and start + extent <= whole * (1 + 1e-6) and whole <= side
+    assert min(control.original_size) >= min(transform.min_original_size, height, width)
+
+
+@given(st.integers(20, 80), st.integers(20, 80), st.data())
+@settings(max_examples=50, deadline=None)
+def test_crop_of_the_target_size_is_a_plain_crop(height, width, data):
+    image = noise(height, width)
+    crop_height, crop_width = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    top, left = data.draw(st.integers(0, height - crop_height)), data.draw(st.integers(0, width - crop_width))
+    control = Control((height, width), (top, left), (crop_height, crop_width), (crop_height, crop_width))
+    expected = image.crop((left, top, left + crop_width, top + crop_height))
+    assert render(image, control).tobytes() == expected.tobytes()
+
+
+def test_whole_pixel_box_is_a_crop_then_a_resize():
+    image = noise(40, 60)
+    control = Control((40, 60), (7, 11), (21, 30), (14, 20))
+    expected = image.crop((11, 7, 41, 28)).resize((20, 14), Image.Resampling.BICUBIC)
+    assert render(image, control).tobytes() == expected.tobytes()
+
+
+def test_no_pixel_outside_the_crop_is_read():
+    # without the crop, an antialiased filter mixes the white frame into the border of the sample
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste((0, 0, 0), (10, 20, 50, 60))
+    assert np.asarray(render(image, Control((64, 64), (20, 10), (40, 40), (16, 16)))).max() == 0
+    assert np.asarray(render(image, Control((64, 64), (20.3, 10.2), (39.5, 39.5), (16, 16)))).max() == 0
+
+
+@given(transforms(), st.integers(60, 200), st.integers(60, 200), st.integers(0, 2**63 - 1))
+@settings(max_examples=80, deadline=None)
+def test_sample_shows_what_the_record_says(transform, height, width, seed):
+    pixels, control = transform(gradient(height, width), Random(seed))
+    if min(control.original_size) < 16:  # too coarse for a gradient
+        return
+    shown = (pixels + 1) / 2
+    for axis, channel in enumerate(shown[:2]):
+        along = channel.mean(1 - axis)
+        if axis == 1 and control.flip:
+            along = along.flip(0)
+        whole, start, extent = (
+            control.original_size[axis],
+            control.crops_coords_top_left[axis],
+            control.crop_size[axis],
+        )
+        centre = (start + extent / 2) / whole
+        assert along.mean().item() == pytest.approx(centre, abs=1 / whole + 0.01)
+        assert along[-1] >= along[0]
+
+
+def test_flip_is_the_mirror_image():
+    image = noise(30, 50)
+    plain, mirrored = ImageTransform(24), ImageTransform(24, flip_probability=1.0)
+    pixels, control = plain(image, Random(0))
+    flipped, flipped_control = mirrored(image, Random(0))
+    assert torch.equal(flipped, pixels.flip(-1))
+    assert not control.flip and flipped_control.flip
+
+
+def test_reduction_loses_detail_and_is_recorded():
+    image = noise(128, 192)
+    transform = ImageTransform(64, reduce_probability=1.0, min_original_size=16)
+    sizes = []
+    for seed in range(200):
+        pixels, control = transform(image, Random(seed))
+        height, width = control.original_size
+        sizes.append(height)
+        assert 16 <= height <= 128 and abs(width - 1.5 * height) <= 1
+        expected = image.resize((round(width), round(height)), Image.Resampling.BICUBIC)
+        whole = Control((height, width), control.crops_coords_top_left, control.crop_size, (64, 64))
+        assert torch.equal(pixels, to_pixels(render(expected, whole)))
+    octaves = np.histogram(np.log2(sizes), bins=3, range=(4, 7))[0]
+    assert octaves.min() > 45  # log-uniform: a third each
+
+
+def test_image_decoded_smaller_is_cropped_at_the_same_place():
+    image = gradient(240, 320)
+    control = Control((240, 320), (60, 80), (120, 160), (24, 32))
+    small = np.asarray(render(image.resize((160, 120), Image.Resampling.BOX), control)).astype(int)
+    assert abs(small - np.asarray(render(image, control)).astype(int)).max() <= 2
+
+
+def test_resize_then_crop_at_the_target_height_copies_pixels():
+    image = noise(32, 48)
+    pixels, control = ImageTransform(32, crop_position="random")(image, Random(3))
+    left = int(control.crops_coords_top_left[1])
+    assert control.crops_coords_top_left[1] == left and control.crop_size == (32, 32)
+    assert torch.equal(pixels, to_pixels(image.crop((left, 0, left + 32, 32))))
+
+
+def test_defaults_leave_nothing_to_chance():
+    image = noise(50, 80)
+    transform = ImageTransform(24)
+    (first, record), (second, _) = transform(image, Random(1)), transform(image, Random(2))
+    assert torch.equal(first, second)
+    assert record.crop_size == (50, 50) and record.crops_coords_top_left[1] == pytest.approx(15, abs=2)
+
+
+def test_extent_is_uniform_above_min_crop():
+    transform = ImageTransform(32, "crop_then_resize", "random", min_crop=0.5)
+    extents = [transform.draw((1000, 1500), Random(seed)).crop_size[0] for seed in range(400)]
+    assert 500 <= min(extents) < 520 and 980 < max(extents) <= 1000 and np.mean(extents) == pytest.approx(750, abs=25)
+
+
+def test_pixels_span_minus_one_to_one():
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((1, 0), (255, 255, 255))
+    assert to_pixels(image).unique().tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"resolution": 0}, "resolution"),
+        ({"resolution": (32, 32, 3)}, "resolution"),
+        ({"crop_policy": "stretch"}, "crop_policy"),
+        ({"crop_position": "left"}, "crop_position"),
+        ({"crop_policy": "crop_then_resize", "min_crop": 0.0}, "min_crop"),
+        ({"crop_policy": "resize_then_crop", "min_crop": 0.5}, "min_crop"),
+        ({"flip_probability": 1.5}, "flip_probability"),
+        ({"reduce_probability": 0.5}, "min_original_size"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(**{"resolution": 32, **arguments})

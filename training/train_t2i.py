@@ -1,0 +1,75 @@
+"""Train a text-to-image model: `accelerate launch training/train_t2i.py [--config FILE] [--section.key value …]`.
+
+Without arguments it trains the quickstart on the images that ship with the package.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.data.latents import SampleEncoder
+from improved_ldm.data.sources import open_rows
+from improved_ldm.diffusion.objectives import make_objective
+from improved_ldm.trainer.batches import open_batches, survey
+from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
+from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
+from improved_ldm.trainer.finish import finish
+from improved_ldm.trainer.grids import diverse_prompts, draw_grid
+from improved_ldm.trainer.loop import train
+from improved_ldm.trainer.run import start_run
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+GRID_ROWS = 8
+
+
+def main(argv: list[str]):
+    started = time.perf_counter()
+    config = parse_config_or_exit(RunConfig, argv, QUICKSTART)
+
+    # The data: opened and looked at before anything else is done.
+    rows = open_rows(
+        config.data.source, config.data.split, config.data.name, config.data.image_column, config.data.caption_column
+    )
+    first_rows = survey(rows)
+    run = start_run(config)
+    device = run.accelerator.device
+
+    # The models: autoencoder and text encoder stay as they are, the denoiser starts afresh.
+    vae = load_autoencoder(config.autoencoder).to(device)
+    tokenizer, text_encoder = load_text_encoder(config.text)
+    encoder = SampleEncoder(vae, tokenizer, text_encoder.to(device), config.text.max_tokens)
+    objective = make_objective(**config.objective.model_dump())
+    denoiser = build_denoiser(config, vae, **text_dims(config, encoder))
+    pipeline = ImprovedLDMPipeline(
+        vae,
+        denoiser,
+        objective.sampling_scheduler(),
+        text_encoder,
+        tokenizer,
+        text_padding=config.text.padding,
+        text_noise_scale=config.text.noise_scale,
+        max_text_tokens=config.text.max_tokens,
+        default_original_size=first_rows.original_side,
+        default_guidance_scale=config.sampling.guidance_scale,
+        default_num_inference_steps=config.sampling.num_inference_steps,
+    )
+    prompts = list(config.sampling.prompts or ()) or diverse_prompts(
+        first_rows.captions, encoder.text(first_rows.captions).pooled, GRID_ROWS
+    )
+
+    # The training: cache or stream, then the loop that all scripts share.
+    def draw_samples(averaged, step: int):
+        pipeline.register_modules(transformer=averaged)
+        draw_grid(pipeline, prompts, config.seed, run.folder / "samples" / f"step-{step:07d}.png")
+
+    batches = open_batches(run, rows, encoder)
+    averaged = train(run, denoiser, objective, batches, draw_samples)
+
+    # What is left: the pipeline with its samples, metrics and card.
+    pipeline.register_modules(transformer=averaged)
+    finish(run, pipeline, prompts, started)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

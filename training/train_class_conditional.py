@@ -1,4 +1,6 @@
-"""Train a class-conditional model: `accelerate launch training/train_class_conditional.py [--config FILE] [--section.key value …]`.
+"""Train a class-conditional model.
+
+Usage: accelerate launch training/train_class_conditional.py [--config FILE] [--section.key value …]
 
 Without arguments it trains on the ten classes of the images that ship with the package.
 """

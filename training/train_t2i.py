@@ -1,4 +1,6 @@
-"""Train a text-to-image model: `accelerate launch training/train_t2i.py [--config FILE] [--section.key value …]`.
+"""Train a text-to-image model.
+
+Usage: accelerate launch training/train_t2i.py [--config FILE] [--section.key value …]
 
 Without arguments it trains the quickstart on the images that ship with the package.
 """
@@ -40,7 +42,7 @@ def main(argv: list[str]):
     tokenizer, text_encoder = load_text_encoder(config.text)
     encoder = SampleEncoder(vae, tokenizer, text_encoder.to(device), config.text.max_tokens)
     objective = make_objective(**config.objective.model_dump())
-    denoiser = build_denoiser(config, vae, **text_dims(config, encoder))
+    denoiser = build_denoiser(config, vae, **text_dims(config.denoiser, encoder))
     pipeline = ImprovedLDMPipeline(
         vae,
         denoiser,

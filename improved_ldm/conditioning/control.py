@@ -29,7 +29,9 @@ NUM_CONTROL = len(COLUMNS)
 ControlWeight = Literal["cosine", "constant", "linear", "zero"]
 
 FEATURES_PER_VARIABLE = 64  # sinusoidal features of one scalar
-FRACTION_SCALE = 1000.0  # spreads values in [0, 1] over the range that the sinusoids resolve, as timesteps are
+MAX_PERIOD = 1000  # of the slowest sinusoid; the fastest turns once in 2π
+FRACTION_SCALE = 64.0  # of values in [0, 1]: the fastest sinusoid tells 1/64 apart, and is smooth below that
+OCTAVE_SCALE = 16.0  # of logarithms to base 2: the fastest sinusoid tells 1/16 of an octave, 4%, apart
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Control:
 
     def __post_init__(self):
         for field in fields(self)[:4]:
-            _check_pair(field.name, getattr(self, field.name), minimum_is_zero=field.name == "crops_coords_top_left")
+            check_pair(field.name, getattr(self, field.name), minimum_is_zero=field.name == "crops_coords_top_left")
         if self.flip not in (0, 1):
             raise ValueError(f"`flip` is {self.flip!r}; it must be True or False.")
         for axis, side in enumerate(("height", "width")):
@@ -106,8 +108,9 @@ class Control:
         return cls(original_size, corner, crop_size, tuple(map(int, target_size)), bool(values[8]))
 
 
-def _check_pair(name: str, pair, minimum_is_zero: bool):
-    if len(pair) != 2:
+def check_pair(name: str, pair, minimum_is_zero: bool = False):
+    """Raise a ValueError for what is not two finite numbers above, or at, zero."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"`{name}` is {pair!r}; it must be two numbers.")
     for value in pair:
         if not math.isfinite(value) or value < 0 or (value == 0 and not minimum_is_zero):
@@ -169,13 +172,13 @@ def high_level_variables(control: torch.Tensor) -> torch.Tensor:
     """
     height, width, top, left, crop_height, crop_width, target_height, target_width, flip = control.float().unbind(-1)
     fractions = [top / height, left / width, crop_height / height, crop_width / width]
-    aspect = torch.log2(target_width / target_height) / 6 + 0.5  # 1:8 → 0, 1:1 → 0.5, 8:1 → 1
-    return torch.stack([flip, *fractions, aspect], dim=-1) * FRACTION_SCALE
+    aspect = torch.log2(target_width / target_height)
+    return torch.stack([*(FRACTION_SCALE * value for value in (flip, *fractions)), OCTAVE_SCALE * aspect], dim=-1)
 
 
 def low_level_variables(control: torch.Tensor) -> torch.Tensor:
-    """φ_l: the original height and width in pixels, (batch, 2) float32, from a (batch, `NUM_CONTROL`) control."""
-    return control[:, :2].float()
+    """φ_l: the original height and width in octaves, (batch, 2) float32, from a (batch, `NUM_CONTROL`) control."""
+    return OCTAVE_SCALE * torch.log2(control[:, :2].float())
 
 
 class ScalarsEmbedding(nn.Module):
@@ -203,7 +206,11 @@ class ScalarsEmbedding(nn.Module):
         # (batch, variables) float32, (batch,) bool → (batch, embedding_dim)
         variables = torch.where(is_null[:, None], 0.0, variables)  # no NaN may reach a gradient
         features = get_timestep_embedding(
-            variables.flatten(), FEATURES_PER_VARIABLE, flip_sin_to_cos=True, downscale_freq_shift=0
+            variables.flatten(),
+            FEATURES_PER_VARIABLE,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0,
+            max_period=MAX_PERIOD,
         ).view(len(variables), -1)
         embedding = self.mlp(features.to(self.null.dtype))
         return torch.where(is_null[:, None], self.null, embedding)

@@ -92,11 +92,19 @@ class Conditioning:
 
     @classmethod
     def concatenate(cls, parts: "list[Conditioning]") -> "Conditioning":
-        """One batch out of several, in order."""
+        """One batch out of several, in order.
+
+        Raises:
+            ValueError: for a condition that some of them have and others lack.
+        """
 
         def join(name: str) -> torch.Tensor | None:
             values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)
+            if all(value is None for value in values):
+                return None
+            if any(value is None for value in values):
+                raise ValueError(f"`{name}` is None in some of the batches to concatenate, but not in all.")
+            return torch.cat(values)
 
         return cls(**{field.name: join(field.name) for field in fields(cls)})
 

@@ -60,11 +60,11 @@ def encode_prompts(
         max_length: L, tokens a prompt.
 
     Returns:
-        Tokens of shape (len(prompts), `max_length`, text_dim); prompts that are alike are encoded once. The pooled vector is the encoder's own
-        (`text_embeds` or `pooler_output`) or, where it has none, the mean over the prompt's tokens.
+        Tokens of shape (len(prompts), `max_length`, text_dim), each distinct prompt encoded once. The pooled vector is
+        the encoder's own (`text_embeds` or `pooler_output`) or, where it has none, the mean over the prompt's tokens.
     """
     prompts, index = unique_prompts(prompts)
-    full_lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    full_lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
     if max(full_lengths) > max_length:
         longest = prompts[full_lengths.index(max(full_lengths))]
         logger.warning("a prompt of %d tokens is cut to %d: %r", max(full_lengths), max_length, longest)

@@ -77,8 +77,10 @@ class ImageTransform:
         crop_policy: `resize_then_crop` keeps the whole of the image's one side, after scaling it to the target;
             `crop_then_resize` takes a box of whole pixels that may be smaller, then scales it to the target.
         crop_position: `random` anywhere in the image, or `centre`.
-        min_crop: smallest extent that `crop_then_resize` draws, as a fraction of the largest crop of the target's
-            aspect ratio, in (0, 1]. The extent is uniform in [`min_crop`, 1].
+        crop_probability: probability that `crop_then_resize` takes less than the largest crop of the target's aspect
+            ratio.
+        min_crop: smallest extent that it then takes, as a fraction of that largest crop, in (0, 1]. The extent is
+            uniform in [`min_crop`, 1].
         flip_probability: probability of mirroring the image left to right.
         reduce_probability: probability of reducing the image first, so that a model learns what the original size
             does to a sample.
@@ -95,6 +97,7 @@ class ImageTransform:
     resolution: int | tuple[int, int]
     crop_policy: CropPolicy = "resize_then_crop"
     crop_position: CropPosition = "centre"
+    crop_probability: float = 1.0
     min_crop: float = 1.0
     flip_probability: float = 0.0
     reduce_probability: float = 0.0
@@ -113,7 +116,7 @@ class ImageTransform:
             raise ValueError(f"`min_crop` is {self.min_crop!r}; it must be in (0, 1].")
         if self.min_crop < 1 and self.crop_policy == "resize_then_crop":
             raise ValueError(f"`min_crop` is {self.min_crop!r}; 'resize_then_crop' needs 1, as it keeps a whole side.")
-        for name in ("flip_probability", "reduce_probability"):
+        for name in ("crop_probability", "flip_probability", "reduce_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be in [0, 1].")
         if self.reduce_probability and (self.min_original_size is None or self.min_original_size < 1):
@@ -182,7 +185,8 @@ class ImageTransform:
 
     def _crop_then_resize(self, size: tuple[int, int], rng: Random) -> tuple[tuple, tuple]:
         scale = min(side / target for side, target in zip(size, self.target_size, strict=True))
-        scale *= rng.uniform(self.min_crop, 1)
+        if rng.random() < self.crop_probability:
+            scale *= rng.uniform(self.min_crop, 1)
         extent = tuple(max(1, round(target * scale)) for target in self.target_size)
         return tuple(self._place(side - length, rng) for side, length in zip(size, extent, strict=True)), extent
 

@@ -1,7 +1,7 @@
-"""Does a pipeline draw what it is asked for? A judge looks at classes, orientation and coverage; detail is measured."""
+"""Does a pipeline draw what it is asked for? A judge sees classes, orientation and coverage; detail is measured."""
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 
@@ -14,7 +14,6 @@ from improved_ldm.pipeline import ImprovedLDMPipeline
 
 BATCH_SIZE = 250
 SIZE_FRACTIONS = (1.0, 0.75, 0.5, 0.36, 0.25)  # of the default original size, for the test of detail
-NUM_DETAIL_SEEDS = 100
 ORIENTED = ("Sandal", "Sneaker", "Ankle boot")  # classes that all point one way in the data
 
 
@@ -60,6 +59,7 @@ def evaluate_obedience(
     real: RealImages,
     num_samples: int,
     num_coverage_samples: int,
+    num_detail_samples: int,
     seed: int = 0,
 ) -> dict[str, float]:
     """Measure a pipeline at its default guidance and steps.
@@ -70,6 +70,7 @@ def evaluate_obedience(
         real: test images of the judge's own data set.
         num_samples: images whose class and orientation are judged, half of them asked to be flipped.
         num_coverage_samples: images for coverage and Fréchet distance, none flipped.
+        num_detail_samples: images that are drawn at several original sizes each.
         seed: image i is drawn from `seed` + i.
 
     Returns:
@@ -88,7 +89,7 @@ def evaluate_obedience(
     }
     if pipeline.takes_control:
         results["orientation_accuracy"] = _orientation_accuracy(judge, real, samples, labels, flips)
-        results |= _detail(pipeline, judge, real, seed)
+        results |= _detail(pipeline, judge, real, num_detail_samples, seed)
 
     prompts, labels = real.prompts(num_coverage_samples)
     fake_features = judge.features(draw(pipeline, prompts, labels, seed + num_samples))
@@ -125,9 +126,9 @@ def _orientation_accuracy(judge: Judge, real: RealImages, pixels, labels, flips:
     return agrees[oriented].float().mean().item()
 
 
-def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, seed: int) -> dict[str, float | list]:
+def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int) -> dict[str, float | list]:
     """What a lower `original_size` does to detail and to the class, each image from the same seed at every size."""
-    prompts, labels = real.prompts(NUM_DETAIL_SEEDS)
+    prompts, labels = real.prompts(count)
     side = pipeline.config.default_original_size
     sizes = [max(1, round(side * fraction)) for fraction in SIZE_FRACTIONS]
     energies, classes = [], []
@@ -139,6 +140,6 @@ def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, seed:
     return {
         "detail_original_sizes": sizes,
         "detail_high_frequency_energy": energies,
-        "detail_falls_with_size": all(low < high for high, low in zip(energies, energies[1:], strict=False)),
+        "detail_falls_with_size": all(low < high for high, low in pairwise(energies)),
         "detail_class_kept": kept.float().mean().item(),
     }

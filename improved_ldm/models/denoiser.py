@@ -1,4 +1,4 @@
-"""What the denoisers share: the contract of `forward`, and the trunk that turns conditions into embedding and tokens."""
+"""What the denoisers share: the contract of `forward`, and the trunk: conditions to embedding and tokens."""
 
 from typing import Literal
 
@@ -22,9 +22,9 @@ TIMESTEP_FEATURES = 256
 class ConditioningTrunk(nn.Module):
     """Timestep, control, class and text of a batch → the embedding that modulates and the tokens that are attended to.
 
-    `disentangled`: the embedding carries timestep and control, `e(t, c) = e_time(t) + E_h(φ_h) + γ_c(t) E_l(φ_l)`; class
-    and text are tokens only. `published`: class and pooled text are added to the embedding, there is no control, and
-    the tokens are there if the backbone attends to them.
+    `disentangled`: the embedding carries timestep and control, `e(t, c) = e_time(t) + E_h(φ_h) + γ_c(t) E_l(φ_l)`;
+    class and text are tokens only. `published`: class and pooled text are added to the embedding, there is no control,
+    and the tokens are there if the backbone attends to them.
 
     Args:
         dim: channels of the embedding and of the tokens.

@@ -8,14 +8,14 @@ DENOISERS: dict[str, type[Denoiser]] = {"dit": DiTDenoiser, "mmdit": MMDiTDenois
 
 # size → hidden_size, num_layers, num_attention_heads
 _DIT = {  # Peebles and Xie, 2023, table 1; tiny: our choice
-    "tiny": (192, 6, 3),
+    "tiny": (192, 4, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
 _MMDIT = {  # our choice: the widths of DiT, the depths for a parameter count near that of DiT
-    "tiny": (192, 4, 3),
+    "tiny": (192, 3, 3),
     "S": (384, 7, 6),
     "B": (768, 7, 12),
     "L": (1024, 13, 16),

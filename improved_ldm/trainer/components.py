@@ -1,5 +1,6 @@
 """The models of a run, loaded or made as its configuration says."""
 
+import contextlib
 from pathlib import Path
 
 from diffusers import AutoModel
@@ -13,6 +14,7 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers import AutoModel as AutoTransformersModel
+from transformers.utils import logging as transformers_logging
 
 from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.latents import SampleEncoder
@@ -54,11 +56,25 @@ def load_text_encoder(config: TextConfig) -> tuple[PreTrainedTokenizerBase, PreT
     """
     place = resolve(config.pretrained)
     encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(place).model_type, AutoTransformersModel)
-    tokenizer, text_encoder = AutoTokenizer.from_pretrained(place), encoder_class.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    with _quiet_transformers():  # it reports the weights of the image tower, which is left out on purpose
+        text_encoder = encoder_class.from_pretrained(place)
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ValueError(f"`text.max_tokens` is {config.max_tokens}; {config.pretrained} has {positions} positions.")
     return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
 
 
 def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None) -> Denoiser:

@@ -61,6 +61,7 @@ class TransformConfig(Section):
     resolution: int | tuple[int, int] = 256
     crop_policy: CropPolicy = "resize_then_crop"
     crop_position: CropPosition = "random"
+    crop_probability: float = Field(1.0, ge=0, le=1)
     min_crop: float = Field(1.0, gt=0, le=1)
     flip_probability: float = Field(0.5, ge=0, le=1)
     reduce_probability: float = Field(0.0, ge=0, le=1)
@@ -217,11 +218,13 @@ class EvaluationConfig(Section):
             the one that was trained on.
         num_samples: images whose class and orientation are judged.
         num_coverage_samples: images for coverage and FID.
+        num_detail_samples: images that are drawn at five original sizes each.
     """
 
     judge: str | None = "embedded:judge"
     num_samples: int = Field(500, ge=1)
     num_coverage_samples: int = Field(1000, ge=2)
+    num_detail_samples: int = Field(100, ge=1)
 
 
 class RunConfig(Section):

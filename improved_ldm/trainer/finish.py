@@ -60,9 +60,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     command = " ".join(["accelerate launch", *sys.argv])
     write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png", command)
     run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
-    run.say(
-        f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. Five lines to use it:\n"
-    )
+    run.say(f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. To use it:\n")
     run.say(usage_lines(folder.as_posix(), pipeline, grid_rows[0]))
 
 
@@ -86,5 +84,11 @@ def _obedience(run: Run, pipeline: ImprovedLDMPipeline) -> dict:
     run.say("judging samples")
     real = load_real_images(open_rows(source, "test", label_column="label"), side, NUM_REAL_IMAGES)
     return evaluate_obedience(
-        pipeline, judge, real, config.num_samples, config.num_coverage_samples, seed=run.config.seed
+        pipeline,
+        judge,
+        real,
+        config.num_samples,
+        config.num_coverage_samples,
+        config.num_detail_samples,
+        seed=run.config.seed,
     )

@@ -15,7 +15,7 @@ from improved_ldm.diffusion.objectives import Objective, objective_loss
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.trainer.config import OptimizerConfig, TextConfig
 from improved_ldm.trainer.draws import StepDraws
-from improved_ldm.trainer.reports import Progress
+from improved_ldm.trainer.reports import NonFiniteLossError, Progress
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.state import Checkpoints
 
@@ -54,7 +54,7 @@ def train(
     progress = Progress(run, start)
     batch_iterator = iter(batches)
 
-    with progress, _stop_signals() as stop:
+    with progress, _kept_on_failure(run, checkpoints, progress), _stop_signals() as stop:
         for step in range(start, config.steps):
             draws = StepDraws(config, objective, run.config.seed, step, accelerator.process_index, accelerator.device)
             set_learning_rate(optimizer, run.config.optimizer, step, config.steps)
@@ -156,6 +156,19 @@ def batch_conditions(batch: EncodedBatch, text: TextConfig, generator: torch.Gen
         return Conditioning(class_labels=batch.class_labels, control=batch.control)
     hidden_states, mask = pad_tokens(batch.text, text.padding, text.noise_scale, generator)
     return Conditioning(hidden_states, mask, batch.text.pooled, control=batch.control)
+
+
+@contextlib.contextmanager
+def _kept_on_failure(run: Run, checkpoints: Checkpoints, progress: Progress):
+    """Save the last finished step if the run fails. Several processes cannot be trusted to meet there."""
+    try:
+        yield
+    except NonFiniteLossError:  # the weights are spoilt
+        raise
+    except Exception:
+        if run.accelerator.num_processes == 1 and progress.step:
+            checkpoints.save(progress.step)
+        raise
 
 
 @contextlib.contextmanager

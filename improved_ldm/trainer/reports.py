@@ -15,6 +15,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite: the run cannot go on, its last checkpoint is whole."""
+
+
 class Progress:
     """Counts images, shows a bar, keeps losses on the device until a log step, then records them.
 
@@ -24,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, run: Run, start: int):
-        self.run, self.history_file = run, run.folder / "history.jsonl"
+        self.run, self.step, self.history_file = run, start, run.folder / "history.jsonl"
         self.losses: list[torch.Tensor] = []
         self.records: list[dict[str, float]] = []
         self.last_time, self.last_step = time.perf_counter(), start
@@ -41,9 +45,8 @@ class Progress:
 
     def __enter__(self):
         if self.run.config.training.trackers:
-            self.run.accelerator.init_trackers(
-                "improved_ldm", config={"config": json.dumps(self.run.config.model_dump())}
-            )
+            settings = json.dumps(self.run.config.model_dump())  # trackers take flat values only
+            self.run.accelerator.init_trackers("improved_ldm", config={"config": settings})
         return self
 
     def __exit__(self, *exception):
@@ -57,6 +60,7 @@ class Progress:
         Raises:
             NonFiniteLossError: if a loss is NaN or infinite.
         """
+        self.step = step
         self.losses.append(loss)
         self.bar.update(self.run.images_per_step)
         if step % self.run.config.training.log_every and step != self.run.config.training.steps:
@@ -90,10 +94,6 @@ class Progress:
     def _drop_records_after(self, step: int):
         records = [record for record in read_history(self.history_file) if record["step"] <= step]
         self.history_file.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: the run cannot go on, its last checkpoint is whole."""
 
 
 def read_history(file: Path) -> list[dict[str, float]]:

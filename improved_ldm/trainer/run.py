@@ -47,7 +47,7 @@ def start_run(config: RunConfig) -> Run:
     check_same_run(config, folder)
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
-        log_with=list(config.training.trackers),
+        log_with=list(config.training.trackers) or None,
         project_dir=str(folder / "logs"),
     )
     if accelerator.is_main_process:

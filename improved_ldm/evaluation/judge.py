@@ -1,0 +1,82 @@
+"""A small classifier that says what an image shows and whether it is mirrored; its features serve for distances."""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class Judge(ModelMixin, ConfigMixin):
+    """A convolutional classifier of (class, orientation) pairs, trained on real images only.
+
+    Args:
+        num_classes: classes, each in two orientations: as in the data, and mirrored.
+        sample_size: height and width of the images, pixels.
+        widths: channels of the stages; each stage halves the resolution.
+        data_source: the set whose classes it knows, named as for `open_rows`.
+        data_source: the set that it was trained on, as `open_rows` takes it.
+
+    Source: our choice.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int = 10,
+        sample_size: int = 32,
+        widths: tuple[int, ...] = (16, 32, 64, 128),
+        data_source: str | None = None,
+    ):
+        super().__init__()
+        stages = [_stage(width, out) for width, out in zip((3, *widths), widths, strict=False)]
+        self.body = nn.Sequential(*stages)
+        self.head = nn.Linear(widths[-1], 2 * num_classes)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the classifier knows of images before it decides.
+
+        Args:
+            pixels: (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
+
+        Returns:
+            (batch, widths[-1]) features ≥ 0.
+
+        Raises:
+            ValueError: for images of another size.
+        """
+        size = self.config.sample_size
+        if pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"`pixels` is {tuple(pixels.shape)}; the judge reads (batch, 3, {size}, {size}).")
+        return self.body(pixels).mean((2, 3))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, `num_classes`, 2) of each class as in the data and mirrored, of pixels as for `features`."""
+        return self.head(self.features(pixels)).unflatten(1, (-1, 2))
+
+    @torch.no_grad()
+    def class_and_flip(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most probable class of each image, and the more probable orientation of that class.
+
+        Args:
+            pixels: (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
+
+        Returns:
+            labels: (batch,) int64.
+            flips: (batch,) int64; 0 is the orientation of the data, 1 its mirror image. It says little of classes
+                that are nearly symmetric.
+        """
+        logits = self(pixels)
+        labels = logits.logsumexp(2).argmax(1)
+        flips = logits[torch.arange(len(labels), device=labels.device), labels].argmax(1)
+        return labels, flips
+
+
+def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        *_convolution(in_channels, out_channels), *_convolution(out_channels, out_channels), nn.MaxPool2d(2)
+    )
+
+
+def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(out_channels), nn.ReLU()

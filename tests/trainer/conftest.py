@@ -1,0 +1,58 @@
+import importlib.util
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+ROOT = Path(__file__).parents[2]
+NUM_IMAGES = 96
+
+
+def load_script(name: str):
+    """A script of training/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder with a parquet file of a few real captioned images."""
+    folder = tmp_path_factory.mktemp("images")
+    embedded = ROOT / "improved_ldm" / "assets" / "fashion-mnist" / "train.parquet"
+    rows = datasets.Dataset.from_parquet(str(embedded), cache_dir=str(folder / "cache"))
+    rows.select(range(NUM_IMAGES)).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture
+def arguments(images, tmp_path):
+    """Command-line arguments of a run that takes seconds; later ones win."""
+
+    def make(output: str = "run", **overrides) -> list[str]:
+        values = {
+            "output_dir": tmp_path / output,
+            "data.source": images / "train.parquet",
+            "data.shuffle_window": 32,
+            "cache.passes": 1,
+            "training.steps": 6,
+            "training.batch_size": 8,
+            "training.log_every": 2,
+            "training.checkpoint_every": 2,
+            "training.trackers": "[]",
+            "denoiser.options": "{hidden_size: 48, num_layers: 2, num_attention_heads: 2}",
+            "sampling.num_inference_steps": 2,
+            "evaluation.judge": "null",
+        } | overrides
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make

@@ -1,0 +1,167 @@
+"""Whole runs of the training scripts, small ones, on real images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+import improved_ldm  # noqa: F401  registers the pipeline
+from improved_ldm.trainer.reports import NonFiniteLossError
+from tests.trainer.conftest import ROOT, load_script
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path):
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+
+
+def launch(arguments: list[str], script: str = "train_t2i", processes: int = 1) -> subprocess.Popen:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(ROOT / "training" / f"{script}.py"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_a_run_leaves_a_complete_folder(arguments, tmp_path):
+    load_script("train_t2i").main(arguments())
+    folder = tmp_path / "run"
+    for name in ("model_index.json", "samples.png", "metrics.json", "loss.png", "README.md", "config.yaml"):
+        assert (folder / name).stat().st_size > 0, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["images_seen"] == 6 * 8
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    image = pipeline("a photo of a sneaker", flip=True, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (32, 32)
+    assert pipeline.config.default_original_size == 28
+    card = (folder / "README.md").read_text()
+    assert "Not measured." in card
+    assert "DiffusionPipeline.from_pretrained" in card
+
+
+@pytest.mark.parametrize("passes", [1, 0], ids=["cached", "streamed"])
+def test_a_run_in_two_parts_is_the_same_run(arguments, tmp_path, passes):
+    script = load_script("train_t2i")
+    script.main(arguments("whole", **{"cache.passes": passes}))
+    script.main(arguments("parts", **{"cache.passes": passes, "training.steps": 3}))
+    script.main(arguments("parts", **{"cache.passes": passes}))
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    history = [
+        [json.loads(line)["step"] for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert history == [[2, 4, 6], [2, 3, 4, 6]]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(arguments, tmp_path):
+    process = launch(arguments("killed", **{"training.steps": 100_000}))
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000004", process)
+    process.kill()
+    process.wait()
+    reached = max(int(path.name[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    for name in ("killed", "whole"):
+        load_script("train_t2i").main(arguments(name, **{"training.steps": reached + 3}))
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_interrupt_stops_with_a_checkpoint(arguments, tmp_path):
+    process = launch(arguments(**{"training.steps": 100_000, "training.checkpoint_every": 100_000}))
+    wait_for(tmp_path / "run" / "history.jsonl", process)  # the loop has begun
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    checkpoints = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(checkpoints) == 1, output
+    assert checkpoints[0].startswith("step-"), output
+    assert "the same command goes on from there" in output
+
+
+def test_two_processes_train_one_model_and_resume(arguments, tmp_path):
+    for steps in (2, 4):
+        process = launch(arguments("two", **{"training.steps": steps}), processes=2)
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    process = launch(arguments("two_whole", **{"training.steps": 4}), processes=2)
+    assert process.wait(timeout=240) == 0
+    assert_same_weights(tmp_path / "two", tmp_path / "two_whole")
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["images_seen"] == 4 * 8 * 2
+
+
+def test_class_conditional_run(arguments, images, tmp_path):
+    load_script("train_class_conditional").main(arguments())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.config.class_names[7] == "Sneaker"
+    assert pipeline(class_labels=7).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["dit", "mmdit"])
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])
+def test_loss_falls(arguments, tmp_path, name, conditioning):
+    load_script("train_t2i").main(
+        arguments(
+            **{
+                "denoiser.name": name,
+                "denoiser.conditioning": conditioning,
+                "training.steps": 60,
+                "training.log_every": 10,
+                "training.checkpoint_every": 60,
+            }
+        )
+    )
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bfloat16_training(arguments, tmp_path):
+    load_script("train_t2i").main(arguments(**{"training.mixed_precision": "bf16"}))
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+
+
+def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_checkpoint(arguments, tmp_path):
+    spoilt = {"optimizer.learning_rate": "1e30", "optimizer.warmup_steps": 0, "training.log_every": 1}
+    with pytest.raises(NonFiniteLossError, match="the loss is"):
+        load_script("train_t2i").main(arguments(**spoilt, **{"training.checkpoint_every": 100}))
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_a_set_with_an_unknown_column_is_refused_before_any_work(arguments, tmp_path):
+    with pytest.raises(ValueError, match="the set has the columns image, label, text"):
+        load_script("train_t2i").main(arguments(**{"data.caption_column": "caption"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the larger sets are not here")
+@pytest.mark.parametrize("name", ["emoji-512", "stamps"])
+def test_other_real_images_train_with_the_same_command(arguments, tmp_path, name):
+    source = {"data.source": SHARED / name, "cache.passes": 0, "training.steps": 24}
+    load_script("train_t2i").main(arguments(**source))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert all(loss == loss for loss in losses)
+    assert (tmp_path / "run" / "samples.png").exists()

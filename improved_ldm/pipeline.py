@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from improved_ldm.autoencoder import decode_latents, spatial_factor
-from improved_ldm.conditioning.control import Control, control_tensor
+from improved_ldm.conditioning.control import Control, check_pair, control_tensor
 from improved_ldm.conditioning.guidance import GuidanceTerm, combine_predictions, guidance_terms
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.conditioning.text import encode_prompts, pad_tokens
@@ -48,8 +48,8 @@ class ImprovedLDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ("text_encoder", "tokenizer")
-    _callback_tensor_inputs = ("latents",)
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]  # diffusers adds lists to them
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: before any work, for arguments that contradict the model or each other.
         """
-        height = height or self.denoiser.config.sample_size * self.vae_scale_factor
-        width = width or self.denoiser.config.sample_size * self.vae_scale_factor
-        num_inference_steps = num_inference_steps or self.config.default_num_inference_steps
-        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        side = self.denoiser.config.sample_size * self.vae_scale_factor
+        height, width = _default(height, side), _default(width, side)
+        num_inference_steps = _default(num_inference_steps, self.config.default_num_inference_steps)
+        guidance_scale = _default(guidance_scale, self.config.default_guidance_scale)
         prompts, labels = _as_list(prompt), _as_list(class_labels)
         self.check_semantics(prompts, negative_prompt, labels)
         self.check_call(
@@ -218,11 +218,12 @@ class ImprovedLDMPipeline(DiffusionPipeline):
                 raise ValueError("`prompt` is given, but the pipeline has no `text_encoder` and `tokenizer`.")
             if not prompts or not all(isinstance(text, str) for text in prompts):
                 raise ValueError(f"`prompt` is {prompts!r}; it must be a string or a list of at least one string.")
-            if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
-                raise ValueError(
-                    f"`negative_prompt` is a list of {len(negative_prompt)}; it must have one for each of "
-                    f"{len(prompts)} prompts."
-                )
+            if negative_prompt is not None:
+                negatives = _spread("negative_prompt", negative_prompt, len(prompts))
+                if not all(isinstance(text, str) for text in negatives):
+                    raise ValueError(
+                        f"`negative_prompt` is {negative_prompt!r}; it must be a string or a list of them."
+                    )
             return
         if negative_prompt is not None:
             raise ValueError("`negative_prompt` is given, but it needs a `prompt`.")
@@ -294,10 +295,11 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         if original_size is None:
             side = self.config.default_original_size or min(height, width)
             original_size = (side * height / min(height, width), side * width / min(height, width))
-        corner = corner or (0, 0)
-        if crop_size is None and len(original_size) == len(corner) == 2:
-            crop_size = (original_size[0] - corner[0], original_size[1] - corner[1])
-        return Control(original_size, corner, crop_size, target_size or (height, width), bool(flip))
+        corner = _default(corner, (0, 0))
+        check_pair("original_size", original_size)
+        check_pair("crops_coords_top_left", corner, minimum_is_zero=True)
+        crop_size = _default(crop_size, (original_size[0] - corner[0], original_size[1] - corner[1]))
+        return Control(original_size, corner, crop_size, _default(target_size, (height, width)), _default(flip, False))
 
     def latent_shape(self, num_images: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of the latents of `num_images` images of `height` x `width` pixels."""
@@ -367,7 +369,8 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         inputs = torch.cat([latents] * len(terms))
         if hasattr(self.scheduler, "scale_model_input"):
             inputs = self.scheduler.scale_model_input(inputs, timestep)
-        prediction = self.denoiser(inputs, timestep, **conditions.kwargs(), return_dict=False)[0]
+        with self.denoiser.cache_context("guided"):  # all terms of the guidance are one batch
+            prediction = self.denoiser(inputs, timestep, **conditions.kwargs(), return_dict=False)[0]
         prediction = prediction[:, : latents.shape[1]]  # a learned variance, where there is one, is not used
         return combine_predictions(prediction, terms)
 
@@ -376,10 +379,14 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
 
+def _default(value, default):
+    return default if value is None else value
+
+
 def _as_list(value) -> list | None:
     if value is None or isinstance(value, list):
         return value
-    return value.tolist() if isinstance(value, torch.Tensor) else [value]
+    return value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
 
 
 def _repeat(values: list, times: int) -> list:

@@ -131,7 +131,9 @@ def main(config: Config):
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
-    transform = ImageTransform(config.resolution, "crop_then_resize", "random", config.min_crop, flip_probability=0.5)
+    transform = ImageTransform(
+        config.resolution, "crop_then_resize", "random", min_crop=config.min_crop, flip_probability=0.5
+    )
     rank = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = make_loader(rows, transform, config.batch_size, config.seed, **rank)
     for step, batch in enumerate(itertools.islice(batches, config.steps), start=1):

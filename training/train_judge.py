@@ -70,7 +70,7 @@ def evaluate(judge: Judge, config: Config) -> dict[str, float]:
 def main(config: Config):
     accelerator = Accelerator()
     set_seed(config.seed)
-    judge = Judge(config.num_classes, config.resolution, config.widths, config.data)
+    judge = Judge(config.num_classes, config.resolution, config.widths, config.data, config.one_sided)
     optimizer = torch.optim.AdamW(judge.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     steps = config.steps * accelerator.num_processes  # the scheduler steps once a process
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=0.1)

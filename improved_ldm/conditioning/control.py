@@ -237,7 +237,7 @@ class ControlEmbedding(nn.Module):
 
     def forward(self, control: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         # (batch, NUM_CONTROL) float32, (batch,) → (batch, embedding_dim)
-        is_null = control.isnan().any(-1)
+        is_null = control.isnan().all(-1)
         high = self.high_level(high_level_variables(control), is_null)
         low = self.low_level(low_level_variables(control), is_null)
         gamma = control_weight(timestep, self.weight, self.power, self.num_train_timesteps)

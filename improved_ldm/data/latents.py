@@ -156,7 +156,7 @@ def write_cache(folder: Path, batches: Iterable[dict[str, Any]], encoder: Sample
 
 
 def _pack(batches: list[dict[str, Any]], encoder: SampleEncoder) -> dict[str, torch.Tensor]:
-    latents, control = (torch.cat([batch[name] for batch in batches]) for name in ("latents", "control"))
+    latents, control = (torch.cat([batch[name] for batch in batches]).contiguous() for name in ("latents", "control"))
     if encoder.text_encoder is None:
         return EncodedBatch(latents, control, class_labels=torch.cat([batch["label"] for batch in batches])).tensors()
     captions, index = unique_prompts([caption for batch in batches for caption in batch["caption"]])

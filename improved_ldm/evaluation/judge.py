@@ -15,6 +15,7 @@ class Judge(ModelMixin, ConfigMixin):
         widths: channels of the stages; each stage halves the resolution.
         data_source: the set whose classes it knows, named as for `open_rows`.
         data_source: the set that it was trained on, as `open_rows` takes it.
+        one_sided: classes that all look one way in that set, so that their orientation can be told.
 
     Source: our choice.
     """
@@ -26,6 +27,7 @@ class Judge(ModelMixin, ConfigMixin):
         sample_size: int = 32,
         widths: tuple[int, ...] = (16, 32, 64, 128),
         data_source: str | None = None,
+        one_sided: tuple[int, ...] = (),
     ):
         super().__init__()
         stages = [_stage(width, out) for width, out in zip((3, *widths), widths, strict=False)]

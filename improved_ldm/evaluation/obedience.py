@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import torch
+from torch.nn.functional import interpolate
 
 from improved_ldm.data.samples import make_loader
 from improved_ldm.data.sources import Rows
@@ -13,8 +14,9 @@ from improved_ldm.evaluation.scores import coverage, frechet_distance, high_freq
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 BATCH_SIZE = 250
-SIZE_FRACTIONS = (1.0, 0.75, 0.5, 0.36, 0.25)  # of the default original size, for the test of detail
-ORIENTED = ("Sandal", "Sneaker", "Ankle boot")  # classes that all point one way in the data
+# Original sizes asked for in the test of detail, as fractions of the default. Below a half the judge no longer knows
+# many real images that are reduced as far.
+SIZE_FRACTIONS = (1.0, 0.875, 0.75, 0.625, 0.5)
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def evaluate_obedience(
     results = {
         "class_accuracy": _class_accuracy(judge, samples, labels),
         "real_class_accuracy": _class_accuracy(judge, real.pixels, real.labels),
-        "real_orientation_accuracy": _orientation_accuracy(judge, real, real.pixels, real.labels, False),
+        "real_orientation_accuracy": _orientation_accuracy(judge, real.pixels, real.labels, False),
         "num_samples": num_samples,
     }
     if pipeline.takes_control:
-        results["orientation_accuracy"] = _orientation_accuracy(judge, real, samples, labels, flips)
+        results["orientation_accuracy"] = _orientation_accuracy(judge, samples, labels, flips)
         results |= _detail(pipeline, judge, real, num_detail_samples, seed)
 
     prompts, labels = real.prompts(num_coverage_samples)
@@ -119,27 +121,39 @@ def _class_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tensor) ->
     return (judge.class_and_flip(pixels)[0] == labels).float().mean().item()
 
 
-def _orientation_accuracy(judge: Judge, real: RealImages, pixels, labels, flips: torch.Tensor | bool) -> float:
-    """Share of images of oriented classes that point as asked."""
-    oriented = torch.isin(labels, torch.tensor([real.class_names.index(name) for name in ORIENTED]))
+def _orientation_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tensor, flips) -> float:
+    """Share of the images of one-sided classes that look the asked way."""
+    one_sided = torch.isin(labels, torch.tensor(judge.config.one_sided))
     agrees = judge.class_and_flip(pixels)[1] == flips
-    return agrees[oriented].float().mean().item()
+    return agrees[one_sided].float().mean().item()
 
 
-def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int) -> dict[str, float | list]:
+def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int) -> dict:
     """What a lower `original_size` does to detail and to the class, each image from the same seed at every size."""
     prompts, labels = real.prompts(count)
     side = pipeline.config.default_original_size
     sizes = [max(1, round(side * fraction)) for fraction in SIZE_FRACTIONS]
-    energies, classes = [], []
-    for size in sizes:
-        samples = draw(pipeline, prompts, labels, seed, original_size=[(size, size)] * len(prompts))
-        energies.append(high_frequency_energy(samples).mean().item())
-        classes.append(judge.class_and_flip(samples)[0])
-    kept = torch.stack([drawn == classes[0] for drawn in classes[1:]])
+    samples = [draw(pipeline, prompts, labels, seed, original_size=[(size, size)] * count) for size in sizes]
+    energies = [high_frequency_energy(pixels).mean().item() for pixels in samples]
+    kept = _class_kept(judge, samples)
     return {
         "detail_original_sizes": sizes,
         "detail_high_frequency_energy": energies,
         "detail_falls_with_size": all(low < high for high, low in pairwise(energies)),
-        "detail_class_kept": kept.float().mean().item(),
+        "detail_class_kept": sum(kept[1:]) / len(kept[1:]),
+        "detail_class_kept_by_size": kept,
+        "real_class_kept_by_size": _class_kept(judge, [_reduced(real.pixels, size) for size in sizes]),
+        "num_detail_samples": count,
     }
+
+
+def _class_kept(judge: Judge, versions: list[torch.Tensor]) -> list[float]:
+    """For each version of the same images, the share whose class the judge finds as in the first version."""
+    classes = [judge.class_and_flip(pixels)[0] for pixels in versions]
+    return [(found == classes[0]).float().mean().item() for found in classes]
+
+
+def _reduced(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Images (images, 3, height, width) scaled down to `size` pixels a side and up again."""
+    small = interpolate(pixels, size=size, mode="bicubic", antialias=True)
+    return interpolate(small, size=pixels.shape[-2:], mode="bicubic", antialias=True)

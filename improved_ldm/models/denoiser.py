@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -67,7 +67,8 @@ class ConditioningTrunk(nn.Module):
             raise ValueError("`pooled_dim` is set, but pooled text enters the embedding in 'published' mode only.")
         if text_dim is not None and not attends:
             raise ValueError("`text_dim` is set, but this denoiser attends to text in 'disentangled' mode only.")
-        self.dim, self.attends, self.num_classes, self.num_class_tokens = dim, attends, num_classes, num_class_tokens
+        self.dim, self.pooled_dim = dim, pooled_dim
+        self.attends, self.num_classes, self.num_class_tokens = attends, num_classes, num_class_tokens
 
         self.time_embedding = TimestepEmbedding(TIMESTEP_FEATURES, dim)
         self.control_embedding = (
@@ -118,8 +119,11 @@ class ConditioningTrunk(nn.Module):
             embedding = embedding + self.control_embedding(control, timestep)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(class_labels)
-        if self.pooled_embedding is not None and pooled_projections is not None:
-            embedding = embedding + self.pooled_embedding(pooled_projections.nan_to_num(0).to(dtype))
+        if self.pooled_embedding is not None:
+            if pooled_projections is None:
+                pooled_projections = torch.full((batch_size, self.pooled_dim), torch.nan, device=device)
+            is_null = pooled_projections.isnan().all(-1, keepdim=True)
+            embedding = embedding + self.pooled_embedding(torch.where(is_null, 0, pooled_projections).to(dtype))
 
         if self.class_tokens is not None:
             return embedding, self.class_tokens(class_labels).unflatten(-1, (self.num_class_tokens, self.dim)), None
@@ -133,7 +137,7 @@ class ConditioningTrunk(nn.Module):
         return embedding, self.text_projection(text), mask  # (batch, tokens, dim)
 
 
-class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, FromOriginalModelMixin):
+class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Base of the denoisers. Each keeps this contract:
 
     `forward(hidden_states, timestep, encoder_hidden_states=None, encoder_attention_mask=None, class_labels=None,
@@ -147,8 +151,8 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
     - `control` (batch, n_control) float32, a row of NaN is the null control,
     - `pooled_projections` (batch, pooled_dim), a row of NaN is the null prompt,
 
-    and an output whose `.sample` is (batch, out_channels, height, width). A condition that is None is null; one that
-    the model does not read is an error.
+    and an output whose `.sample` is (batch, out_channels, height, width). A condition that is None is null (a text
+    that is None is a single null token); one that the model does not read is an error.
     """
 
     _supports_gradient_checkpointing = True
@@ -169,9 +173,12 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         """Names of the conditions that the model reads."""
         return self.trunk.inputs
 
-    def check_width(self):
-        """Raise a ValueError where the width does not divide into heads or into sin-cos positions."""
+    def check_sizes(self):
+        """Raise a ValueError where the width does not divide into heads or positions, or the latents into patches."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
+        side, patch_size = self.config.sample_size, self.config.patch_size
+        if side % patch_size:
+            raise ValueError(f"`sample_size` {side} must be divisible by `patch_size` {patch_size}.")
         if width % heads:
             raise ValueError(f"`hidden_size` {width} must be divisible by `num_attention_heads` {heads}.")
         if width % 4:
@@ -225,9 +232,11 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches in the model's coordinate range."""
         side = self.config.sample_size // self.config.patch_size
-        if grid == (side, side):
-            return self.positions
-        return self._positions(*grid, device=self.positions.device).to(self.positions.dtype)
+        positions = self.positions
+        if grid != (side, side):
+            positions = self._positions(*grid, device=positions.device)
+        # loading in half precision converts parameters, not buffers
+        return positions.to(self.patch_embedding.proj.weight.dtype)
 
     def run_block(self, block: nn.Module, *args):
         """A block's output, recomputed in the backward pass where gradient checkpointing is on."""

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -63,6 +64,10 @@ class DiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), shift2, scale2)))
 
 
+# lets diffusers' caches find the hidden states in the block's output
+TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
 class DiTDenoiser(Denoiser):
     """DiT with classes or text, disentangled or as published.
 
@@ -121,7 +126,7 @@ class DiTDenoiser(Denoiser):
         position_extent: float | None = None,
     ):
         super().__init__()
-        self.check_width()
+        self.check_sizes()
         attends = conditioning == "disentangled" and (num_classes is not None or text_dim is not None)
         self.trunk = self.make_trunk(attends)
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -72,6 +73,12 @@ class MMDiTBlock(nn.Module):
         return hidden_states, torch.addcmul(context, context_gate2, self.ff_context(modulated))
 
 
+# lets diffusers' caches find both streams in the block's output
+TransformerBlockRegistry.register(
+    MMDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
+)
+
+
 class MMDiTDenoiser(Denoiser):
     """mmDiT with text or classes, disentangled or as published.
 
@@ -128,7 +135,7 @@ class MMDiTDenoiser(Denoiser):
         position_extent: float | None = None,
     ):
         super().__init__()
-        self.check_width()
+        self.check_sizes()
         if num_classes is None and text_dim is None:
             raise ValueError("an mmDiT needs a context: set `num_classes` or `text_dim`.")
         self.trunk = self.make_trunk(attends=True)

@@ -283,7 +283,10 @@ def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: 
 def parse_config_or_exit(
     config_class: type[ConfigType], argv: list[str], default_yaml: Path | None = None
 ) -> ConfigType:
-    """`parse_config` for a script: an error ends the process with its message alone."""
+    """`parse_config` for a script: an error ends the process with its message alone, `--help` with the keys."""
+    if {"--help", "-h"} & set(argv):
+        print(f"--config FILE  (default: {default_yaml})", *_describe_keys(config_class), sep="\n")
+        sys.exit(0)
     try:
         return parse_config(config_class, argv, default_yaml)
     except ConfigError as error:
@@ -324,6 +327,16 @@ def _explain(config_class: type[BaseModel], problem: dict) -> str:
         nearest = [path for path in known if path.rsplit(".", 1)[-1] == problem["loc"][-1]]
     hint = f"; the nearest valid key is `{nearest[0]}`" if nearest else f"; valid keys are {', '.join(known)}"
     return f"`{key}` is not a key{hint}."
+
+
+def _describe_keys(config_class: type[BaseModel]) -> list[str]:
+    """A line for every key that is not a section: its name, type and default."""
+    return [
+        f"--{path}  {field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation}"
+        + ("" if field.is_required() else f"  (default: {field.default!r})")
+        for path, field in _key_paths(config_class)
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    ]
 
 
 def _key_paths(config_class: type[BaseModel], prefix: str = ""):

@@ -83,7 +83,7 @@ class Checkpoints:
                 f"resume with as many processes as it was written by."
             )
         self.accelerator.load_state(str(path))
-        self.ema.load_state_dict(load_file(path / "ema.safetensors", device=str(self.accelerator.device)))
+        self.ema.load_state_dict(load_file(path / "ema.safetensors"))
         self.batches.load_state_dict(json.loads(self._rank_file(path).read_text()))
         return step
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from improved_ldm.trainer.config import ConfigError, RunConfig, parse_config
+from improved_ldm.trainer.config import ConfigError, RunConfig, parse_config, parse_config_or_exit
 from improved_ldm.trainer.state import check_same_run
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -50,3 +50,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     check_same_run(longer, tmp_path)
     with pytest.raises(ValueError, match="`seed` was 0 and is 1"):
         check_same_run(config.model_copy(update={"seed": 1}), tmp_path)
+
+
+def test_help_lists_every_key_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config_or_exit(RunConfig, ["--help"])
+    assert stop.value.code == 0
+    assert "--optimizer.learning_rate  float  (default: 0.0001)" in capsys.readouterr().out

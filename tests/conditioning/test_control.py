@@ -1,0 +1,195 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from improved_ldm.conditioning.control import (
+    NUM_CONTROL,
+    Control,
+    ControlEmbedding,
+    control_tensor,
+    control_weight,
+    high_level_variables,
+    low_level_variables,
+    null_control,
+)
+
+POWER = st.floats(0.05, 20)
+TIMESTEP = st.floats(0, 1000)
+EXTENT = st.floats(1, 4096, width=32)
+WHOLE = Control((64, 96), (8, 16), (32, 48), (32, 48))
+
+
+@st.composite
+def controls(draw):
+    crop_size = draw(st.tuples(EXTENT, EXTENT))
+    corner = draw(st.tuples(*[st.floats(0, 4096, width=32)] * 2))
+    margin = draw(st.tuples(*[st.floats(0, 4096, width=32)] * 2))
+    original_size = tuple(sum(sides) for sides in zip(crop_size, corner, margin, strict=True))
+    return Control(original_size, corner, crop_size, draw(st.tuples(*[st.integers(1, 4096)] * 2)), draw(st.booleans()))
+
+
+def weight(timestep, kind, power=1.0):
+    return control_weight(torch.tensor([timestep]), kind, power).item()
+
+
+@given(POWER)
+def test_cosine_weight_runs_from_one_at_data_to_zero_at_noise(power):
+    assert weight(0.0, "cosine", power) == 1
+    assert weight(1000.0, "cosine", power) == 0
+
+
+@given(TIMESTEP, TIMESTEP, POWER, st.sampled_from(["cosine", "linear", "constant", "zero"]))
+def test_weight_falls_with_the_timestep_and_stays_between_zero_and_one(first, second, power, kind):
+    early, late = sorted((first, second))
+    assert 0 <= weight(late, kind, power) <= weight(early, kind, power) <= 1
+
+
+@given(TIMESTEP, st.floats(1, 10), st.floats(1, 10))
+def test_a_larger_power_is_steeper(timestep, power, factor):
+    assert weight(timestep, "cosine", power * factor) <= weight(timestep, "cosine", power) + 1e-6
+
+
+@given(TIMESTEP)
+def test_the_other_weights_are_their_formulas(timestep):
+    assert weight(timestep, "linear") == pytest.approx(1 - timestep / 1000, abs=1e-6)
+    assert weight(timestep, "constant") == 1
+    assert weight(timestep, "zero") == 0
+
+
+def test_cosine_weight_is_its_formula():
+    timestep = torch.tensor([0, 250, 500, 750, 1000])
+    expected = torch.tensor([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0]) ** 3
+    assert_close(control_weight(timestep, "cosine", 3.0), expected)
+
+
+def test_unknown_weight_is_an_error():
+    with pytest.raises(ValueError, match="'sine'"):
+        control_weight(torch.zeros(1), "sine")
+    with pytest.raises(ValueError, match="'sine'"):
+        ControlEmbedding(8, "sine", 1.0, 1000)
+
+
+@given(controls())
+def test_a_record_survives_its_row(control):
+    assert Control.from_row(control.to_row()) == control
+
+
+@given(controls())
+def test_a_record_survives_the_float32_tensor(control):
+    row = control_tensor([control])[0]
+    assert_close(control_tensor([Control.from_row(row)])[0], row, rtol=0, atol=0)
+
+
+def test_control_tensor_stacks_records():
+    assert control_tensor([WHOLE] * 3).shape == (3, NUM_CONTROL)
+    assert control_tensor([WHOLE]).dtype == torch.float32
+
+
+def test_whole_image_has_no_crop():
+    control = Control.of_whole_image((20, 30), (10, 15), flip=True)
+    assert control == Control((20, 30), (0, 0), (20, 30), (10, 15), True)
+    assert control.aspect_ratio == 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (((-1, 8), (0, 0), (8, 8), (8, 8)), "original_size"),
+        (((0, 8), (0, 0), (8, 8), (8, 8)), "original_size"),
+        (((float("nan"), 8), (0, 0), (8, 8), (8, 8)), "original_size"),
+        (((8,), (0, 0), (8, 8), (8, 8)), "original_size"),
+        ((8, (0, 0), (8, 8), (8, 8)), "original_size"),
+        (((8, 8), (0, -1), (8, 8), (8, 8)), "crops_coords_top_left"),
+        (((8, 8), (0, 1), (8, 8), (8, 8)), "crop_size"),
+        (((8, 8), (0, 0), (9, 8), (8, 8)), "crop_size"),
+        (((8, 8), (0, 0), (8, 0), (8, 8)), "crop_size"),
+        (((8, 8), (0, 0), (8, 8), (8, 8, 8)), "target_size"),
+        (((8, 8), (0, 0), (8, 8), (float("inf"), 8)), "target_size"),
+        (((8, 8), (0, 0), (8, 8), (8, 8), 2), "flip"),
+        (((8, 8), (0, 0), (8, 8), (8, 8), "no"), "flip"),
+    ],
+)
+def test_impossible_records_are_errors_that_name_the_argument(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        Control(*arguments)
+
+
+@pytest.mark.parametrize("length", [0, NUM_CONTROL - 1, NUM_CONTROL + 1])
+def test_a_row_of_a_wrong_length_is_an_error(length):
+    with pytest.raises(ValueError, match=f"got {length}"):
+        Control.from_row([1.0] * length)
+
+
+@given(controls(), st.sampled_from([0.125, 0.5, 2, 16]))
+def test_scaling_the_image_with_its_crop_leaves_the_high_level_variables(control, factor):
+    def scaled(pair):
+        return tuple(factor * value for value in pair)
+
+    other = Control(
+        scaled(control.original_size),
+        scaled(control.crops_coords_top_left),
+        scaled(control.crop_size),
+        control.target_size,
+        control.flip,
+    )
+    assert_close(high_level_variables(control_tensor([other])), high_level_variables(control_tensor([control])))
+
+
+def test_high_level_variables_are_fractions_of_their_own_side():
+    image = Control((64, 128), (8, 16), (32, 32), (32, 32))
+    _, top, left, height, width, _ = high_level_variables(control_tensor([image]))[0]
+    assert top == left and height == 4 * top and width == 2 * left
+
+
+@pytest.mark.parametrize("column", range(NUM_CONTROL))
+def test_every_column_reaches_the_variables(column):
+    row = control_tensor([WHOLE])
+    other = row.clone()
+    other[0, column] += 1
+    high, low = (torch.equal(f(row), f(other)) for f in (high_level_variables, low_level_variables))
+    assert not (high and low)
+    assert low == (column > 1)
+
+
+def embedding(randomize, weight="cosine"):
+    return randomize(ControlEmbedding(16, weight, 1.0, 1000))
+
+
+def test_embedding_starts_at_zero():
+    fresh = ControlEmbedding(16, "cosine", 1.0, 1000)
+    rows = torch.cat([control_tensor([WHOLE]), null_control(1)])
+    assert torch.equal(fresh(rows, torch.tensor([0, 500])), torch.zeros(2, 16))
+
+
+def test_null_rows_give_the_learned_null(randomize):
+    model = embedding(randomize)
+    rows = torch.cat([null_control(1), control_tensor([WHOLE])])
+    nulls = model.high_level.null + model.low_level.null
+    output = model(rows, torch.zeros(2))
+    assert output.shape == (2, 16)
+    assert_close(output[0], nulls)
+    assert (output[1] - nulls).abs().max() > 1e-3
+
+
+def test_null_rows_leave_every_gradient_finite(randomize):
+    model = embedding(randomize)
+    model(torch.cat([null_control(1), control_tensor([WHOLE])]), torch.zeros(2)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.high_level.null.grad.abs().max() > 0
+
+
+def test_original_size_acts_at_data_and_not_at_noise(randomize):
+    model = embedding(randomize)
+    small, large = (control_tensor([Control.of_whole_image(size, (32, 32))]) for size in ((32, 32), (256, 256)))
+    assert_close(model(small, torch.tensor([1000.0])), model(large, torch.tensor([1000.0])), rtol=0, atol=0)
+    assert (model(small, torch.zeros(1)) - model(large, torch.zeros(1))).abs().max() > 1e-3
+
+
+def test_flip_acts_at_every_timestep(randomize):
+    model = embedding(randomize)
+    plain, mirrored = (control_tensor([Control.of_whole_image((32, 32), (32, 32), flip)]) for flip in (False, True))
+    for timestep in (0, 500, 1000):
+        change = model(plain, torch.tensor([timestep])) - model(mirrored, torch.tensor([timestep]))
+        assert change.abs().max() > 1e-3

@@ -1,0 +1,165 @@
+"""Tiny real components that the tests share."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+import improved_ldm
+from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.diffusion.schedules import variance_preserving_scheduler
+from improved_ldm.models.presets import denoiser_class
+
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("tests")
+
+ASSETS = Path(improved_ldm.__file__).parent / "assets"
+WORDS = ("a", "the", "red", "blue", "white", "boot", "coat", "bag", "with")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def _randomize(model, seed=0, std=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = std * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def randomize():
+    """Draws every parameter of a model, whose blocks are the identity at the start, from N(0, std)."""
+    return _randomize
+
+
+@pytest.fixture(scope="session")
+def autoencoder():
+    """An autoencoder of factor 2 with 4 latent channels and a scale and shift of its own."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def _word_tokenizer(special, template, **names):
+    vocabulary = {token: index for index, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=names["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, vocabulary[token]) for token in special]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def clip_text():
+    """The tokenizer and the CLIP text tower that the package ships; 16 tokens of 96 channels."""
+    return AutoTokenizer.from_pretrained(ASSETS / "clip"), CLIPTextModel.from_pretrained(ASSETS / "clip").eval()
+
+
+@pytest.fixture(scope="session")
+def t5_text():
+    """A random T5 encoder, which has no pooled output, and a tokenizer of words."""
+    tokenizer, size = _word_tokenizer(
+        ["<pad>", "</s>", "<unk>"], "$A </s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=size, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def bert_text():
+    """A random BERT and a tokenizer of words."""
+    tokenizer, size = _word_tokenizer(
+        ["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
+        "[CLS] $A [SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return tokenizer, BertModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_denoiser():
+    """Builds a randomised denoiser of 4 x 4 latents in patches of 2."""
+
+    def build(name="dit", **config):
+        sizes = {"sample_size": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+        return _randomize(denoiser_class(name)(**{**sizes, **config}))
+
+    return build
+
+
+@pytest.fixture
+def class_pipeline(autoencoder, tiny_denoiser):
+    """A pipeline of 3 classes and 8 x 8 images."""
+
+    def build(scheduler=None, vae=autoencoder, name="dit", **denoiser_config):
+        pipe = ImprovedLDMPipeline(
+            vae=vae,
+            transformer=tiny_denoiser(name, **{"num_classes": 3, **denoiser_config}),
+            scheduler=scheduler or variance_preserving_scheduler("epsilon"),
+            default_guidance_scale=2.0,
+            default_num_inference_steps=2,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build
+
+
+@pytest.fixture
+def text_pipeline(autoencoder, tiny_denoiser, clip_text):
+    """A pipeline of prompts and 8 x 8 images."""
+
+    def build(text=clip_text, text_padding="noisy_replicate", max_text_tokens=16, name="dit", **denoiser_config):
+        tokenizer, text_encoder = text
+        text_config = denoiser_config or {"text_dim": text_encoder.config.hidden_size}
+        pipe = ImprovedLDMPipeline(
+            vae=autoencoder,
+            transformer=tiny_denoiser(name, **text_config),
+            scheduler=variance_preserving_scheduler("epsilon"),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_padding=text_padding,
+            text_noise_scale=0.5,
+            max_text_tokens=max_text_tokens,
+            default_guidance_scale=2.0,
+            default_num_inference_steps=2,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from improved_ldm.conditioning.control import Control, control_tensor
+from improved_ldm.data.latents import CachedLoader, EncodingLoader, LatentCache, SampleEncoder, cache_name, write_cache
+from improved_ldm.data.samples import make_loader
+from improved_ldm.data.sources import open_rows
+from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.trainer.components import load_text_encoder
+from improved_ldm.trainer.config import TextConfig
+
+CAPTIONS = ("a photo of a bag", "a coat", "a photo of a bag", "a sneaker")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SampleEncoder:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+    )
+    tokenizer, text_encoder = load_text_encoder(TextConfig(max_tokens=12))
+    return SampleEncoder(vae.eval(), tokenizer, text_encoder, 12)
+
+
+def batches(sizes: tuple[int, ...]) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixels": torch.rand(size, 3, 8, 8, generator=generator) * 2 - 1,
+            "control": control_tensor([Control.of_whole_image((8 + number, 8), (8, 8))] * size),
+            "caption": [CAPTIONS[i % len(CAPTIONS)] for i in range(size)],
+            "label": torch.arange(size),
+        }
+        for number, size in enumerate(sizes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(encoder, tmp_path_factory) -> LatentCache:
+    folder = tmp_path_factory.mktemp("cache")
+    write_cache(folder, batches((5, 3)), encoder, seed=1)
+    write_cache(folder, batches((4,)), encoder, seed=1, rank=1)
+    return LatentCache(folder)
+
+
+def test_a_cache_gives_back_what_was_encoded(cache, encoder):
+    assert len(cache) == 12
+    rows = cache.rows(torch.tensor([7, 0, 11]))
+    assert rows.latents.shape == (3, 4, 4, 4)
+    assert rows.control[:, 0].tolist() == [9, 8, 8]
+    direct = encoder.text([CAPTIONS[2], CAPTIONS[0], CAPTIONS[3]])
+    torch.testing.assert_close(rows.text.hidden_states, direct.hidden_states)
+    assert torch.equal(rows.text.attention_mask, direct.attention_mask)
+
+
+def test_class_labels_are_kept_where_there_is_no_text(encoder, tmp_path):
+    write_cache(tmp_path, batches((5,)), SampleEncoder(encoder.vae), seed=0)
+    rows = LatentCache(tmp_path).rows(torch.tensor([4, 1]))
+    assert rows.class_labels.tolist() == [4, 1]
+    assert rows.text is None
+
+
+def test_an_empty_cache_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds no shards"):
+        LatentCache(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch_size=st.integers(1, 7), world_size=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_ranks_together_see_every_row_once_an_epoch(cache, batch_size, world_size, seed):
+    loaders = [CachedLoader(cache, batch_size, seed, rank, world_size) for rank in range(world_size)]
+    starts = range(0, 2 * len(cache), batch_size * world_size)
+    indices = torch.cat(
+        [loader._indices(start + rank * batch_size) for start in starts for rank, loader in enumerate(loaders)]
+    )
+    for epoch in indices[: 2 * len(cache)].split(len(cache)):
+        assert sorted(epoch.tolist()) == list(range(len(cache)))
+
+
+def test_a_cached_loader_resumes_at_the_next_batch(cache):
+    loader = CachedLoader(cache, 5, seed=3)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    resumed = CachedLoader(cache, 5, seed=3)
+    resumed.load_state_dict(loader.state_dict())
+    torch.testing.assert_close(next(iter(resumed)).latents, next(iterator).latents, rtol=0, atol=0)
+
+
+def test_an_encoding_loader_resumes_at_the_next_batch(encoder):
+    def open_loader() -> EncodingLoader:
+        rows = open_rows("embedded:fashion-mnist", "test")
+        loader = make_loader(rows, ImageTransform(8, flip_probability=0.5), batch_size=3, shuffle_window=16)
+        return EncodingLoader(loader, encoder, seed=0)
+
+    loader = open_loader()
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    resumed = open_loader()
+    resumed.load_state_dict(loader.state_dict())
+    expected, got = next(iterator), next(iter(resumed))
+    torch.testing.assert_close(got.tensors(), expected.tensors(), rtol=0, atol=0)
+
+
+def test_the_name_of_a_cache_follows_settings_and_files(tmp_path):
+    file = tmp_path / "images.parquet"
+    file.write_bytes(b"one")
+    name = cache_name({"resolution": 8}, str(tmp_path))
+    assert cache_name({"resolution": 8}, str(tmp_path)) == name
+    assert cache_name({"resolution": 9}, str(tmp_path)) != name
+    file.write_bytes(b"other")
+    assert cache_name({"resolution": 8}, str(tmp_path)) != name

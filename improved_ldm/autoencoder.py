@@ -1,4 +1,4 @@
-"""Images to latents and back, through any diffusers autoencoder."""
+"""Images to latents and back, through a diffusers autoencoder."""
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -13,7 +13,7 @@ def encode_images(vae: ModelMixin, pixels: torch.Tensor, generator: torch.Genera
     """Latents of images, scaled to about unit variance.
 
     Args:
-        vae: an `AutoencoderKL`, `AutoencoderTiny` or their like.
+        vae: an `AutoencoderKL` or `AutoencoderTiny`.
         pixels: (batch, 3, height, width) in [−1, 1].
         generator: source of the posterior sample, for autoencoders that have one.
 

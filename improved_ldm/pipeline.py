@@ -44,7 +44,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         default_num_inference_steps: steps where the call gives none.
         class_names: the classes' names, for the card and the user.
 
-    Source: paper, sections 2 to 5 of the method.
+    Source: Berrada et al., 2024.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -96,6 +96,11 @@ class ImprovedLDMPipeline(DiffusionPipeline):
     def takes_control(self) -> bool:
         """Whether the denoiser reads size, crop and flip."""
         return "control" in self.denoiser.inputs
+
+    @property
+    def default_size(self) -> int:
+        """Pixels a side that the denoiser was trained at."""
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @torch.no_grad()
     def __call__(
@@ -158,8 +163,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: before any work, for arguments that contradict the model or each other.
         """
-        side = self.denoiser.config.sample_size * self.vae_scale_factor
-        height, width = _default(height, side), _default(width, side)
+        height, width = _default(height, self.default_size), _default(width, self.default_size)
         num_inference_steps = _default(num_inference_steps, self.config.default_num_inference_steps)
         guidance_scale = _default(guidance_scale, self.config.default_guidance_scale)
         prompts, labels = _as_list(prompt), _as_list(class_labels)
@@ -315,7 +319,8 @@ class ImprovedLDMPipeline(DiffusionPipeline):
             prompts: the texts.
             generator: source of the noise of the noisy replicate padding, one for all or one a prompt.
         """
-        tokens = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.max_text_tokens)
+        device = self._execution_device
+        tokens = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.max_text_tokens, device)
         padded, mask = pad_tokens(tokens, self.config.text_padding, self.config.text_noise_scale, generator)
         return Conditioning(padded, mask, tokens.pooled).only(self.denoiser.inputs)
 

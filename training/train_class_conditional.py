@@ -33,14 +33,15 @@ def main(argv: list[str]):
     data = config.data
     rows = open_rows(data.source, data.split, data.name, data.image_column, None, data.label_column)
     first_rows = survey(rows)
-    if rows.class_names is None:
-        raise ValueError(f"`data.label_column` {data.label_column!r} has no class names; it must be a ClassLabel.")
+    num_classes = len(rows.class_names or ()) or data.num_classes
+    if num_classes is None:
+        raise ValueError(f"column {data.label_column!r} does not name its classes: give `--data.num_classes`.")
     run = start_run(config)
 
     # The models: the autoencoder stays as it is, the denoiser starts afresh.
     vae = load_autoencoder(config.autoencoder).to(run.accelerator.device)
     objective = make_objective(**config.objective.model_dump())
-    denoiser = build_denoiser(config, vae, num_classes=len(rows.class_names))
+    denoiser = build_denoiser(config, vae, num_classes=num_classes)
     pipeline = ImprovedLDMPipeline(
         vae,
         denoiser,
@@ -50,7 +51,7 @@ def main(argv: list[str]):
         default_num_inference_steps=config.sampling.num_inference_steps,
         class_names=rows.class_names,
     )
-    labels = list(range(min(GRID_ROWS, len(rows.class_names))))
+    labels = list(range(min(GRID_ROWS, num_classes)))
 
     # The training: cache or stream, then the loop that all scripts share.
     def draw_samples(averaged, step: int):

@@ -51,7 +51,7 @@ class Control:
     Raises:
         ValueError: if a size is not positive or the crop leaves the image.
 
-    Source: names from SDXL micro-conditioning; `crop_size` and `flip` from the paper, section 3 of its method. The
+    Source: names from SDXL micro-conditioning; `crop_size` and `flip` from Berrada et al., 2024. The
     common frame of the first three values is our choice.
     """
 
@@ -144,7 +144,7 @@ def control_weight(
     Raises:
         ValueError: for an unknown `kind`.
 
-    Source: paper, section 2 of the method; the form of the ramp is our choice.
+    Source: Berrada et al., 2024; the form of the ramp is our choice.
     """
     fraction = (timestep.float() / num_train_timesteps).clamp(0, 1)
     if kind == "cosine":
@@ -188,7 +188,7 @@ class ScalarsEmbedding(nn.Module):
         num_variables: scalars a sample.
         embedding_dim: width of the result.
 
-    Source: E_h and E_l of the paper, section 2 of the method; zero start and learned null are our choice.
+    Source: E_h and E_l of Berrada et al., 2024; zero start and learned null are our choice.
     """
 
     def __init__(self, num_variables: int, embedding_dim: int):
@@ -225,7 +225,7 @@ class ControlEmbedding(nn.Module):
         power: α of the cosine ramp.
         num_train_timesteps: T.
 
-    Source: paper, section 2 of the method.
+    Source: Berrada et al., 2024.
     """
 
     def __init__(self, embedding_dim: int, weight: ControlWeight, power: float, num_train_timesteps: int):

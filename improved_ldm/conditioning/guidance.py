@@ -30,7 +30,7 @@ def guidance_terms(guidance_scale: float, control_guidance_scale: float = 1.0) -
     Returns:
         One term for λ = β = 1, two for β = 1 (classifier-free guidance), three in general. Weights sum to 1.
 
-    Source: paper, section 4 of the method.
+    Source: Berrada et al., 2024.
     """
     semantic, control = float(guidance_scale), float(control_guidance_scale)
     terms = [

@@ -1,4 +1,4 @@
-"""The conditions of a batch as one bundle: what the cache yields, the trainer drops from and the denoisers take."""
+"""The conditions of a batch as one bundle: what the trainer drops from and the denoisers take."""
 
 from dataclasses import dataclass, fields, replace
 

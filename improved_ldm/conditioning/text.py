@@ -1,14 +1,12 @@
 """From prompts to a token sequence of fixed length, and what stands where a prompt is shorter than that."""
 
-import logging
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 TextPadding = Literal["zero", "mask", "replicate", "noisy_replicate"]
 
@@ -50,6 +48,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: PreTrainedModel,
     max_length: int,
+    device: torch.device | str | None = None,
 ) -> TextTokens:
     """Encode prompts with any Hugging Face text encoder (CLIP, T5, BERT and their like).
 
@@ -58,18 +57,18 @@ def encode_prompts(
         tokenizer: the encoder's tokenizer.
         text_encoder: a model whose output has `last_hidden_state`.
         max_length: L, tokens a prompt.
+        device: where the encoder computes, if that is not where its weights lie (offloading).
 
     Returns:
         Tokens of shape (len(prompts), `max_length`, text_dim), each distinct prompt encoded once. The pooled vector is
         the encoder's own (`text_embeds` or `pooler_output`) or, where it has none, the mean over the prompt's tokens.
     """
     prompts, index = unique_prompts(prompts)
-    full_lengths = [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
-    if max(full_lengths) > max_length:
-        longest = prompts[full_lengths.index(max(full_lengths))]
-        logger.warning("a prompt of %d tokens is cut to %d: %r", max(full_lengths), max_length, longest)
+    longest = max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"])
+    if longest > max_length:  # said once a length, for captions by the million are cut alike
+        warnings.warn(f"prompts of more than {max_length} tokens are cut to {max_length}", stacklevel=2)
     inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    inputs = inputs.to(text_encoder.device)
+    inputs = inputs.to(device or text_encoder.device)
     mask = inputs.attention_mask.bool()
     output = text_encoder(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     hidden_states = output.last_hidden_state
@@ -115,7 +114,7 @@ def pad_tokens(
     Raises:
         ValueError: for an unknown mode or a negative `noise_scale`.
 
-    Source: paper, section 5 of the method.
+    Source: Berrada et al., 2024.
     """
     if padding not in get_args(TextPadding):
         raise ValueError(f"`padding` is {padding!r}; it must be one of {', '.join(get_args(TextPadding))}.")

@@ -1,5 +1,6 @@
 """Samples as a denoiser trains on them: latents, text tokens, class and control; encoded on the fly or cached."""
 
+import glob
 import hashlib
 import json
 import shutil
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from improved_ldm.autoencoder import encode_images
 from improved_ldm.conditioning.text import TextTokens, encode_prompts, unique_prompts
-from improved_ldm.data.sources import derive_seed
+from improved_ldm.seeds import derive_seed
 
 ROWS_PER_SHARD = 4096
 CAPTIONS_AT_ONCE = 256
@@ -121,18 +122,22 @@ class EncodingLoader:
         self.loader.load_state_dict(state["loader"])
 
 
-def cache_name(description: dict[str, Any], source: str) -> str:
+def cache_name(description: dict[str, Any], places: list[str]) -> str:
     """A folder name that changes with whatever a cache's content depends on.
 
     Args:
         description: the settings that decide the content.
-        source: of the images; where it is a local path, its files' names, sizes and times count too.
+        places: of images and models; for local ones the names, sizes and times of their files count too.
     """
-    path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    text = json.dumps([description, str(source), stamps], sort_keys=True, default=str)
+    stamps = [stamp for place in places for stamp in _stamps(place)]
+    text = json.dumps([description, places, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stamps(place: str) -> list[tuple[str, int, int]]:
+    path = Path(place)
+    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(place, recursive=True))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.is_file()]
 
 
 def write_cache(folder: Path, batches: Iterable[dict[str, Any]], encoder: SampleEncoder, seed: int, rank: int = 0):
@@ -147,7 +152,8 @@ def write_cache(folder: Path, batches: Iterable[dict[str, Any]], encoder: Sample
     """
     pending, shard = [], 0
     for number, batch in enumerate(batches):
-        pending.append({**batch, "latents": encoder.latents(batch["pixels"], derive_seed(seed, rank, number)).cpu()})
+        latents = encoder.latents(batch.pop("pixels"), derive_seed(seed, rank, number)).cpu()
+        pending.append({**batch, "latents": latents})
         if sum(len(part["control"]) for part in pending) >= ROWS_PER_SHARD:
             save_file(_pack(pending, encoder), folder / f"rank{rank:04d}-shard{shard:05d}.safetensors")
             pending, shard = [], shard + 1
@@ -207,7 +213,7 @@ class LatentCache:
 
 
 class CachedLoader:
-    """Batches from a cache for ever, reshuffled every epoch. The number of batches given out is its whole state.
+    """Batches from a cache for ever, reshuffled every epoch. The number of batches given out is its whole place.
 
     Args:
         cache: the rows.
@@ -240,15 +246,24 @@ class CachedLoader:
         return torch.stack(indices)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of batches given out."""
-        return {"batches": self.batches}
+        """The number of batches given out, and what it counts."""
+        return {"batches": self.batches, "batch_size": self.batch_size, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, int]):
-        """Let the next iteration start after that many batches."""
+        """Let the next iteration start after that many batches.
+
+        Raises:
+            ValueError: if they were batches of another size, or of another number of processes.
+        """
+        for name, value in self.state_dict().items():
+            if name != "batches" and state[name] != value:
+                raise ValueError(f"the run was left with `{name}` {state[name]}; it cannot go on with {value}.")
         self.batches = state["batches"]
 
 
 def publish_cache(unfinished: Path, folder: Path):
-    """Give a finished cache its name, so that a folder of that name is always whole."""
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    """Give a finished cache its name, so that a folder of that name is always whole; an earlier one stays."""
+    if folder.exists():
+        shutil.rmtree(unfinished)
+    else:
+        unfinished.rename(folder)

@@ -90,7 +90,7 @@ class ImageTransform:
     Raises:
         ValueError: if a value is out of its range.
 
-    Source: crop policies and the record from the paper, section 3 of its method; log-uniform reduction is our
+    Source: crop policies and the record from Berrada et al., 2024; log-uniform reduction is our
     choice, so that every octave of size is met equally often.
     """
 

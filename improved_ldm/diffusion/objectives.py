@@ -20,7 +20,7 @@ class VariancePreservingObjective:
         prediction: `epsilon` or `v_prediction`.
         loss_weighting: `uniform`, or `min_snr` with γ = 5.
 
-    Source: paper, section 7 of the method; v-prediction and min-SNR are our additions.
+    Source: Berrada et al., 2024; v-prediction and min-SNR are our additions.
     """
 
     def __init__(self, prediction: Literal["epsilon", "v_prediction"], loss_weighting: LossWeighting = "uniform"):

@@ -11,7 +11,7 @@ def variance_preserving_scheduler(prediction_type: str) -> DDIMScheduler:
     Args:
         prediction_type: `epsilon` or `v_prediction`.
 
-    Source: paper, section 7 of the method; trailing timestep spacing is our choice, it starts at the noisiest step.
+    Source: Berrada et al., 2024; trailing timestep spacing is our choice, it starts at the noisiest step.
     """
     return DDIMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

@@ -13,7 +13,6 @@ class Judge(ModelMixin, ConfigMixin):
         num_classes: classes, each in two orientations: as in the data, and mirrored.
         sample_size: height and width of the images, pixels.
         widths: channels of the stages; each stage halves the resolution.
-        data_source: the set whose classes it knows, named as for `open_rows`.
         data_source: the set that it was trained on, as `open_rows` takes it.
         one_sided: classes that all look one way in that set, so that their orientation can be told.
 

@@ -48,11 +48,12 @@ def write_card(
     Returns:
         The file.
     """
-    obedience = metrics.get("obedience", {})
-    scores = {name: value for name, value in obedience.items() if isinstance(value, float)}
+    obedience = metrics["obedience"]
+    scores = {  # of the model; what the judge says of real images is not
+        name: value for name, value in obedience.items() if isinstance(value, float) and not name.startswith("real_")
+    }
     data = ModelCardData(
         library_name="diffusers",
-        license="apache-2.0",
         pipeline_tag="text-to-image" if pipeline.takes_text else "unconditional-image-generation",
         tags=["improved_ldm", "disentangled-conditioning"],
         model_name=folder.name,
@@ -65,7 +66,9 @@ def write_card(
         semantic="prompt" if pipeline.takes_text else "class",
         picture=picture,
         usage=usage_lines(folder.as_posix(), pipeline, prompt),
-        denoiser=f"{type(pipeline.denoiser).__name__} {config['denoiser']['size']}",
+        denoiser=type(pipeline.denoiser).__name__,
+        width=pipeline.denoiser.config.hidden_size,
+        depth=pipeline.denoiser.config.num_layers,
         conditioning=config["denoiser"]["conditioning"],
         parameters=f"{metrics['parameters']:,}",
         source=config["data"]["source"],
@@ -74,8 +77,9 @@ def write_card(
         images=f"{metrics['images_seen']:,}",
         device=metrics["device"],
         command=command,
-        evaluation=_evaluation_table(obedience),
-        limits=_limits(pipeline),
+        evaluation=_evaluation_table(metrics),
+        has_control=pipeline.takes_control,
+        side=pipeline.default_size,
     )
     file = folder / "README.md"
     card.save(file)
@@ -94,11 +98,16 @@ def _eval_result(name: str, value: float, source: str) -> EvalResult:
     )
 
 
-def _evaluation_table(obedience: dict[str, Any]) -> str:
+def _evaluation_table(metrics: dict[str, Any]) -> str:
+    obedience = metrics["obedience"]
     if not obedience:
         return "Not measured."
     rows = [f"| {name.replace('_', ' ')} | {_format(value)} |" for name, value in obedience.items()]
-    note = "\n\nClasses, orientation and features are those of the judge that ships with the package."
+    note = (
+        f"\n\n{metrics['scheduler']}, {metrics['num_inference_steps']} steps, guidance {metrics['guidance_scale']}, "
+        f"seed {metrics['seed']}, {metrics['dtype']}. Classes, orientation and features are those of the judge that "
+        "ships with the package; rows that begin with `real` are what it says of real test images."
+    )
     return "\n".join(["| measure | value |", "| --- | --- |", *rows]) + note
 
 
@@ -106,8 +115,3 @@ def _format(value) -> str:
     if isinstance(value, list):
         return ", ".join(map(_format, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _limits(pipeline: ImprovedLDMPipeline) -> str:
-    side = pipeline.denoiser.config.sample_size * pipeline.vae_scale_factor
-    return f"It was trained at {side} pixels; other sizes are untested."

@@ -39,9 +39,9 @@ class ConditioningTrunk(nn.Module):
         num_train_timesteps: T.
 
     Raises:
-        ValueError: for combinations that leave an argument without effect.
+        ValueError: for semantic conditions that the mode does not read.
 
-    Source: paper, section 2 of the method.
+    Source: Berrada et al., 2024.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ConditioningTrunk(nn.Module):
         if text_dim is not None and not attends:
             raise ValueError("`text_dim` is set, but this denoiser attends to text in 'disentangled' mode only.")
         self.dim, self.pooled_dim = dim, pooled_dim
-        self.attends, self.num_classes, self.num_class_tokens = attends, num_classes, num_class_tokens
+        self.num_classes, self.num_class_tokens = num_classes, num_class_tokens
 
         self.time_embedding = TimestepEmbedding(TIMESTEP_FEATURES, dim)
         self.control_embedding = (
@@ -225,16 +225,16 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         side = self.config.sample_size // self.config.patch_size
         self.register_buffer("positions", self._positions(side, side), persistent=False)
 
-    def _positions(self, rows: int, columns: int, device=None) -> torch.Tensor:
+    def _positions(self, rows: int, columns: int) -> torch.Tensor:
         extent = self.config.position_extent or self.config.sample_size / self.config.patch_size
-        return sincos_grid(rows, columns, self.config.hidden_size, extent, device)
+        return sincos_grid(rows, columns, self.config.hidden_size, extent)
 
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches in the model's coordinate range."""
         side = self.config.sample_size // self.config.patch_size
         positions = self.positions
         if grid != (side, side):
-            positions = self._positions(*grid, device=positions.device)
+            positions = self._positions(*grid).to(positions.device)
         # loading in half precision converts parameters, not buffers
         return positions.to(self.patch_embedding.proj.weight.dtype)
 

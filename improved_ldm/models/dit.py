@@ -95,7 +95,7 @@ class DiTDenoiser(Denoiser):
     Raises:
         ValueError: for sizes that do not divide or conditions that contradict the mode.
 
-    Source: DiT; the disentangled mode from the paper, section 2 of the method; cross-attention is normalised and
+    Source: DiT; the disentangled mode from Berrada et al., 2024; cross-attention is normalised and
     starts at zero by our choice.
     """
 

@@ -106,7 +106,7 @@ class MMDiTDenoiser(Denoiser):
     Raises:
         ValueError: for sizes that do not divide, or a model without context.
 
-    Source: Stable Diffusion 3; the disentangled mode from the paper, section 2 of the method.
+    Source: Stable Diffusion 3; the disentangled mode from Berrada et al., 2024.
     """
 
     _no_split_modules = ("MMDiTBlock",)

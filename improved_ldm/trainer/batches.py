@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from improved_ldm.data.latents import (
@@ -17,8 +18,10 @@ from improved_ldm.data.latents import (
     write_cache,
 )
 from improved_ldm.data.samples import make_loader
-from improved_ldm.data.sources import Rows, RowStream, derive_seed
+from improved_ldm.data.sources import Rows, RowStream
 from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.seeds import derive_seed
+from improved_ldm.trainer.components import resolve
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.run import Run
 
@@ -33,18 +36,17 @@ class Survey:
     Args:
         captions: different captions, in order of appearance.
         original_side: median of the images' shorter sides, pixels.
-        num_rows: how many were looked at.
     """
 
     captions: list[str]
     original_side: int
-    num_rows: int
 
 
 def survey(rows: Rows) -> Survey:
-    """Look at the first rows of a set, undecoded where the format allows.
+    """Look at the first rows of a set.
 
     Raises:
+        ValueError: if none of their images can be read, or captions are wanted and all are empty.
         CorruptImagesError: if too many of them cannot be read.
     """
     captions, sides = {}, []
@@ -56,7 +58,9 @@ def survey(rows: Rows) -> Survey:
             break
     if not sides:
         raise ValueError("the set holds no image that can be read.")
-    return Survey(list(captions), int(torch.tensor(sides).median()), len(sides))
+    if rows.caption_column is not None and not captions:
+        raise ValueError(f"column {rows.caption_column!r} holds no caption in the first {len(sides)} rows.")
+    return Survey(list(captions), int(torch.tensor(sides).median()))
 
 
 def open_batches(run: Run, rows: Rows, encoder: SampleEncoder) -> CachedLoader | EncodingLoader:
@@ -97,14 +101,16 @@ def image_transform(config: RunConfig) -> ImageTransform:
 def _filled_cache(run: Run, rows: Rows, encoder: SampleEncoder) -> Path:
     """The folder of the cache that the configuration asks for, written first if it is not there."""
     config, accelerator = run.config, run.accelerator
-    parts = config.model_dump(include={"seed", "data", "transform", "cache", "autoencoder", "text"})
+    parts = config.model_dump(include={"seed", "data", "transform", "autoencoder", "text"})
     for key in ("padding", "noise_scale"):  # decided after the cache
         del parts["text"][key]
+    parts |= {"passes": config.cache.passes, "has_text": encoder.text_encoder is not None}
+    places = [config.data.source, resolve(config.autoencoder.pretrained), resolve(config.text.pretrained)]
     parent = Path(config.cache.folder) if config.cache.folder else run.folder / "cache"
-    folder = parent / cache_name(parts, config.data.source)
-    if folder.exists():
+    folder = parent / cache_name(parts, places)
+    if broadcast_object_list([folder.exists()])[0]:  # all processes take the same way
         return folder
-    unfinished = folder.with_suffix(".unfinished")
+    unfinished = parent / f"{folder.name}.unfinished-by-{run.folder.name}"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The models of a run, loaded or made as its configuration says."""
 
 import contextlib
+import inspect
 from pathlib import Path
 
 from diffusers import AutoModel
@@ -86,26 +87,30 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         conditions: `num_classes`, or `text_dim` and `pooled_dim`.
 
     Raises:
-        ValueError: if the resolution does not divide into latent patches.
+        ValueError: if the resolution does not divide into latent patches, or an option is not one.
     """
-    resolution, factor = config.transform.resolution, spatial_factor(vae)
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    denoiser = make_denoiser(
-        config.denoiser.name,
-        config.denoiser.size,
-        sample_size=max(height, width) // factor,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        conditioning=config.denoiser.conditioning,
-        control_weight=config.denoiser.control_weight,
-        control_power=config.denoiser.control_power,
-        qk_norm=config.denoiser.qk_norm,
+    factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
+    arguments = {
+        "sample_size": config.transform.resolution // factor,
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
+        "conditioning": config.denoiser.conditioning,
+        "control_weight": config.denoiser.control_weight,
+        "control_power": config.denoiser.control_power,
+        "qk_norm": config.denoiser.qk_norm,
         **conditions,
-        **config.denoiser.options,
-    )
+    }
+    known = inspect.signature(denoiser_class(config.denoiser.name)).parameters
+    for option in config.denoiser.options:
+        if option in arguments or option not in known:
+            valid = ", ".join(sorted(known.keys() - arguments.keys()))
+            raise ValueError(f"`denoiser.options` has {option!r}; it may have {valid}.")
+    denoiser = make_denoiser(config.denoiser.name, config.denoiser.size, **arguments, **config.denoiser.options)
     multiple = factor * denoiser.config.patch_size
-    if height % multiple or width % multiple:
-        raise ValueError(f"`transform.resolution` is {resolution}; it must be a multiple of {multiple} pixels.")
+    if config.transform.resolution % multiple:
+        raise ValueError(
+            f"`transform.resolution` is {config.transform.resolution}; it must be a multiple of {multiple} pixels."
+        )
     return denoiser
 
 

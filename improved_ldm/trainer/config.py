@@ -40,7 +40,8 @@ class DataConfig(Section):
         name: configuration of a Hub dataset that has several.
         image_column: column of the images.
         caption_column: column of the captions.
-        label_column: column of the class labels.
+        label_column: column of the class labels, for class-conditional training.
+        num_classes: their number, where the set does not name its classes.
         shuffle_window: rows shuffled among themselves.
         num_workers: processes that read and transform.
     """
@@ -51,14 +52,15 @@ class DataConfig(Section):
     image_column: str = "image"
     caption_column: str = "text"
     label_column: str = "label"
+    num_classes: int | None = Field(None, ge=1)
     shuffle_window: int = Field(1024, ge=1)
     num_workers: int = Field(0, ge=0)
 
 
 class TransformConfig(Section):
-    """What becomes of an image; the fields are those of `ImageTransform`."""
+    """What becomes of an image; the fields are those of `ImageTransform`, samples are square."""
 
-    resolution: int | tuple[int, int] = 256
+    resolution: int = Field(256, ge=1)
     crop_policy: CropPolicy = "resize_then_crop"
     crop_position: CropPosition = "random"
     crop_probability: float = Field(1.0, ge=0, le=1)
@@ -118,7 +120,7 @@ class DenoiserConfig(Section):
         control_weight: kind of γ_c.
         control_power: α of the cosine ramp.
         qk_norm: RMS-normalise queries and keys.
-        options: further constructor arguments of the backbone.
+        options: further constructor arguments of the backbone; they win over the size's.
     """
 
     name: str = "dit"
@@ -272,7 +274,7 @@ def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: 
             raise ConfigError(f"--config {path}: there is no such file.")
         values = yaml.safe_load(Path(path).read_text()) or {}
     for key, value in overrides.items():
-        _set_nested(values, key, yaml.safe_load(value))
+        _set_nested(values, key, _parse_value(key, value))
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -306,6 +308,13 @@ def _pair_arguments(argv: list[str]) -> dict[str, str]:
             value = words.pop(0)
         pairs[key] = value
     return pairs
+
+
+def _parse_value(key: str, value: str):
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key} is {value!r}, which is not YAML; quote it: --{key} '\"{value}\"'.") from None
 
 
 def _set_nested(values: dict, key: str, value):

@@ -2,16 +2,16 @@
 
 import torch
 
-from improved_ldm.data.sources import derive_seed
 from improved_ldm.diffusion.objectives import Objective
+from improved_ldm.seeds import derive_seed
 from improved_ldm.trainer.config import TrainingConfig
 
 
 class StepDraws:
     """Timesteps, noise and dropout of one step on one process.
 
-    Every purpose has a stream of its own that is read in the order of the images, so splitting a batch into
-    micro-batches changes nothing.
+    Every purpose has a stream of its own that is read in the order of the images, so on a CPU splitting a batch into
+    micro-batches changes nothing; a GPU draws other noise for other splits.
 
     Args:
         config: batch size, accumulation and dropout probabilities.

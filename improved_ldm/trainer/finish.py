@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -57,7 +58,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    command = " ".join(["accelerate launch", *sys.argv])
+    command = shlex.join(["accelerate", "launch", *sys.argv])
     write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png", command)
     run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
     run.say(f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. To use it:\n")
@@ -77,7 +78,7 @@ def _obedience(run: Run, pipeline: ImprovedLDMPipeline) -> dict:
     if config.judge is None:
         return {}
     judge = Judge.from_pretrained(resolve(config.judge)).eval()
-    source, side = run.config.data.source, pipeline.denoiser.config.sample_size * pipeline.vae_scale_factor
+    source, side = run.config.data.source, pipeline.default_size
     if judge.config.data_source != source or judge.config.sample_size != side:
         run.say(f"not judged: {config.judge} knows {judge.config.data_source} at {judge.config.sample_size} pixels")
         return {}

@@ -38,13 +38,13 @@ def train(
         denoiser: the fresh model.
         objective: what it predicts.
         batches: a loader of `EncodedBatch` with `state_dict` and `load_state_dict`.
-        on_sample: called with the averaged model and the step every `sampling.every` steps.
+        on_sample: called on the main process with the averaged model and the step, every `sampling.every` steps.
 
     Returns:
         The averaged denoiser (float32).
 
     Raises:
-        NonFiniteLossError: if the loss is NaN or infinite.
+        NonFiniteLossError: if the loss or, at a checkpoint, a weight is NaN or infinite.
         SystemExit: after a clean stop.
     """
     config, accelerator = run.config.training, run.accelerator
@@ -67,9 +67,12 @@ def train(
             done = step + 1
             progress.after_step(done, loss, gradient_norm, optimizer.param_groups[0]["lr"])
             if on_sample is not None and run.config.sampling.every and done % run.config.sampling.every == 0:
-                on_sample(ema.module, done)
+                if accelerator.is_main_process:
+                    on_sample(ema.module, done)
+                accelerator.wait_for_everyone()
             stopping = _agree(run, stop, done)
             if stopping or done == config.steps or done % config.checkpoint_every == 0:
+                _check_weights(denoiser, done)
                 progress.flush()
                 checkpoints.save(done)
             if stopping:
@@ -96,6 +99,12 @@ def _prepare(run: Run, denoiser: Denoiser) -> tuple[nn.Module, torch.optim.Optim
     )
     denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)
     return denoiser, optimizer, ema
+
+
+def _check_weights(denoiser: nn.Module, step: int):
+    """Raise before spoilt weights replace a good checkpoint."""
+    if not all(torch.isfinite(parameter).all() for parameter in denoiser.parameters()):
+        raise NonFiniteLossError(f"weights are NaN or infinite after step {step}; it is not saved")
 
 
 def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -143,6 +152,9 @@ def batch_loss(
     timestep, no_semantic, no_control = draws.of_micro_batch(number)
     noise = draws.noise_like(batch.latents)
     conditions = batch_conditions(batch, text, draws.text_noise).only(inner.inputs)
+    missing = inner.inputs - {name for name, value in conditions.kwargs().items() if value is not None}
+    if missing - {"encoder_attention_mask"}:  # None where every token counts
+        raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
     conditions = conditions.dropped(no_semantic, no_control, inner.config.num_classes)
     noisy = objective.add_noise(batch.latents, noise, timestep)
     with accelerator.autocast():
@@ -160,7 +172,10 @@ def batch_conditions(batch: EncodedBatch, text: TextConfig, generator: torch.Gen
 
 @contextlib.contextmanager
 def _kept_on_failure(run: Run, checkpoints: Checkpoints, progress: Progress):
-    """Save the last finished step if the run fails. Several processes cannot be trusted to meet there."""
+    """Save the last finished step if the run fails. Several processes cannot be trusted to meet there.
+
+    Images that the unfinished step had drawn are not drawn again.
+    """
     try:
         yield
     except NonFiniteLossError:  # the weights are spoilt
@@ -173,14 +188,23 @@ def _kept_on_failure(run: Run, checkpoints: Checkpoints, progress: Progress):
 
 @contextlib.contextmanager
 def _stop_signals():
-    """Collects interrupt and terminate signals in the list that it yields."""
-    received = []
-    handlers = {name: signal.signal(name, lambda number, _: received.append(number)) for name in STOP_SIGNALS}
+    """Collects the first interrupt or terminate signal in the list that it yields; a second one ends the process."""
+    received, handlers = [], {name: signal.getsignal(name) for name in STOP_SIGNALS}
+
+    def restore():
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+    def receive(number: int, _):
+        received.append(number)
+        restore()
+
+    for name in STOP_SIGNALS:
+        signal.signal(name, receive)
     try:
         yield received
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        restore()
 
 
 def _agree(run: Run, received: list, step: int) -> bool:

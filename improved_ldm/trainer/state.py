@@ -19,7 +19,6 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.trackers",
-    "data.num_workers",
     "sampling",
     "evaluation",
 )
@@ -97,22 +96,28 @@ class Checkpoints:
 def check_same_run(config: BaseModel, folder: Path):
     """Raise a ValueError if the folder holds a run that was started with another configuration.
 
-    Only the keys of `FREE_KEYS` may differ.
+    Only the keys of `FREE_KEYS` may differ; under a cosine schedule the number of steps may not.
     """
     path = folder / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not list(folder.glob("checkpoints/step-*")):
         return
     earlier, now = (_flatten(values) for values in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
     changed = [
         f"`{key}` was {earlier.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and not key.startswith(FREE_KEYS) and key != "output_dir"
+        if earlier.get(key) != now.get(key) and not _is_free(key, now) and key != "output_dir"
     ]
     if changed:
         raise ValueError(
             f"{folder} holds a run with another configuration: {'; '.join(changed)}. "
             f"Choose another `--output_dir`, or delete the folder to start over."
         )
+
+
+def _is_free(key: str, config: dict[str, Any]) -> bool:
+    if key == "training.steps" and config["optimizer.schedule"] == "cosine":
+        return False
+    return key.startswith(FREE_KEYS)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -74,13 +74,19 @@ def test_an_empty_cache_is_an_error(tmp_path):
 @settings(max_examples=20, deadline=None)
 @given(batch_size=st.integers(1, 7), world_size=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_ranks_together_see_every_row_once_an_epoch(cache, batch_size, world_size, seed):
-    loaders = [CachedLoader(cache, batch_size, seed, rank, world_size) for rank in range(world_size)]
-    starts = range(0, 2 * len(cache), batch_size * world_size)
-    indices = torch.cat(
-        [loader._indices(start + rank * batch_size) for start in starts for rank, loader in enumerate(loaders)]
-    )
-    for epoch in indices[: 2 * len(cache)].split(len(cache)):
-        assert sorted(epoch.tolist()) == list(range(len(cache)))
+    loaders = [iter(CachedLoader(cache, batch_size, seed, rank, world_size)) for rank in range(world_size)]
+    rows = [tuple(row.tolist()) for row in cache.rows(torch.arange(len(cache))).latents.flatten(1)]
+    seen = []
+    while len(seen) < 2 * len(cache):
+        seen += [tuple(row.tolist()) for loader in loaders for row in next(loader).latents.flatten(1)]
+    for epoch in (seen[: len(cache)], seen[len(cache) : 2 * len(cache)]):
+        assert sorted(epoch) == sorted(rows)
+
+
+def test_a_loader_refuses_the_place_of_another_layout(cache):
+    state = CachedLoader(cache, 4, seed=0).state_dict()
+    with pytest.raises(ValueError, match="`world_size` 1; it cannot go on with 2"):
+        CachedLoader(cache, 4, seed=0, rank=1, world_size=2).load_state_dict(state)
 
 
 def test_a_cached_loader_resumes_at_the_next_batch(cache):
@@ -110,8 +116,9 @@ def test_an_encoding_loader_resumes_at_the_next_batch(encoder):
 def test_the_name_of_a_cache_follows_settings_and_files(tmp_path):
     file = tmp_path / "images.parquet"
     file.write_bytes(b"one")
-    name = cache_name({"resolution": 8}, str(tmp_path))
-    assert cache_name({"resolution": 8}, str(tmp_path)) == name
-    assert cache_name({"resolution": 9}, str(tmp_path)) != name
+    places = [str(tmp_path)]
+    name = cache_name({"resolution": 8}, places)
+    assert cache_name({"resolution": 8}, places) == name
+    assert cache_name({"resolution": 9}, places) != name
     file.write_bytes(b"other")
-    assert cache_name({"resolution": 8}, str(tmp_path)) != name
+    assert cache_name({"resolution": 8}, places) != name

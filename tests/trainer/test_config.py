@@ -46,6 +46,8 @@ def test_bad_arguments_are_named(argv, message):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     config = RunConfig()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    check_same_run(config.model_copy(update={"seed": 1}), tmp_path)  # nothing was trained yet
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 5})})
     check_same_run(longer, tmp_path)
     with pytest.raises(ValueError, match="`seed` was 0 and is 1"):

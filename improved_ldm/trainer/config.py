@@ -180,6 +180,7 @@ class TrainingConfig(Section):
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many are kept.
         trackers: of accelerate: `tensorboard`, `wandb`, …
+        cpu_threads: threads a process computes with where there is no GPU; None shares the cores among the processes.
     """
 
     steps: int = Field(400_000, ge=1)
@@ -194,6 +195,7 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(5000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     trackers: tuple[str, ...] = ("tensorboard",)
+    cpu_threads: int | None = Field(None, ge=1)
 
 
 class SamplingConfig(Section):

@@ -1,8 +1,11 @@
 """A run: its configuration, its folder, its processes."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -55,5 +58,13 @@ def start_run(config: RunConfig) -> Run:
         values = config.model_dump(mode="json")
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     accelerator.wait_for_everyone()
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread a process
+        torch.set_num_threads(config.training.cpu_threads or max(1, _free_cores() // accelerator.num_processes))
     set_seed(config.seed)
     return Run(config, folder, accelerator)
+
+
+def _free_cores() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)

@@ -19,6 +19,7 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.trackers",
+    "training.cpu_threads",
     "sampling",
     "evaluation",
 )

@@ -49,6 +49,7 @@ def arguments(images, tmp_path):
             "training.log_every": 2,
             "training.checkpoint_every": 2,
             "training.trackers": "[]",
+            "training.cpu_threads": 1,
             "denoiser.options": "{hidden_size: 48, num_layers: 2, num_attention_heads: 2}",
             "sampling.num_inference_steps": 2,
             "evaluation.judge": "null",

@@ -32,7 +32,6 @@ def write_card(
     metrics: dict[str, Any],
     prompt: str | int,
     picture: str,
-    command: str,
 ) -> Path:
     """Write the card of a trained folder as its README.md.
 
@@ -43,7 +42,6 @@ def write_card(
         metrics: what `metrics.json` holds; the card claims nothing else.
         prompt: for the lines of use.
         picture: file name of the sample grid.
-        command: that trained it.
 
     Returns:
         The file.
@@ -76,7 +74,7 @@ def write_card(
         prediction=config["objective"]["prediction"],
         images=f"{metrics['images_seen']:,}",
         device=metrics["device"],
-        command=command,
+        command=metrics["command"],
         evaluation=_evaluation_table(metrics),
         has_control=pipeline.takes_control,
         side=pipeline.default_size,

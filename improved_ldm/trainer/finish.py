@@ -43,6 +43,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     run.say("drawing samples")
     draw_grid(pipeline, grid_rows, run.config.seed, folder / "samples.png")
     metrics = {
+        "command": shlex.join(["accelerate", "launch", *sys.argv]),
         "loss": history[-1]["loss"] if history else None,
         "images_seen": run.config.training.steps * run.images_per_step,
         "parameters": sum(parameter.numel() for parameter in pipeline.denoiser.parameters()),
@@ -58,8 +59,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    command = shlex.join(["accelerate", "launch", *sys.argv])
-    write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png", command)
+    write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png")
     run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
     run.say(f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. To use it:\n")
     run.say(usage_lines(folder.as_posix(), pipeline, grid_rows[0]))

@@ -102,17 +102,11 @@ def read_history(file: Path) -> list[dict[str, float]]:
 
 
 def plot_loss(history: list[dict[str, float]], file: Path):
-    """Draw the loss against the images seen, on logarithmic axes, with a running mean."""
+    """Draw the loss against the images seen, on logarithmic axes."""
     images, losses = [record["images"] for record in history], [record["loss"] for record in history]
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value += 0.1 * (loss - value)
-        smooth.append(value)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(images, losses, color="tab:blue", alpha=0.3, label="mean of a log interval")
-    axes.plot(images, smooth, color="tab:blue", label="running mean")
-    axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel="training loss")
+    axes.plot(images, losses)
+    axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel="training loss, mean of a log interval")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

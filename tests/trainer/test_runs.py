@@ -129,9 +129,11 @@ def test_loss_falls(arguments, tmp_path, name, conditioning):
             **{
                 "denoiser.name": name,
                 "denoiser.conditioning": conditioning,
-                "training.steps": 60,
+                "optimizer.learning_rate": 5e-3,
+                "optimizer.warmup_steps": 5,
+                "training.steps": 150,
                 "training.log_every": 10,
-                "training.checkpoint_every": 60,
+                "training.checkpoint_every": 150,
             }
         )
     )

@@ -346,12 +346,16 @@ def _describe_keys(config_class: type[BaseModel]) -> list[str]:
         f"--{path}  {field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation}"
         + ("" if field.is_required() else f"  (default: {field.default!r})")
         for path, field in _key_paths(config_class)
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        if not _is_section(field.annotation)
     ]
+
+
+def _is_section(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _key_paths(config_class: type[BaseModel], prefix: str = ""):
     for name, field in config_class.model_fields.items():
         yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field.annotation):
             yield from _key_paths(field.annotation, f"{prefix}{name}.")

@@ -9,11 +9,14 @@ import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 from improved_ldm.models.dit import DiTDenoiser
+from improved_ldm.models.mdt import MDTDenoiser
 from improved_ldm.models.mmdit import MMDiTDenoiser
+from improved_ldm.models.pixart import PixArtDenoiser
+from improved_ldm.models.unet import UNetDenoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 __version__ = "0.1.0"
-__all__ = ["DiTDenoiser", "ImprovedLDMPipeline", "MMDiTDenoiser"]
+__all__ = ["DiTDenoiser", "ImprovedLDMPipeline", "MDTDenoiser", "MMDiTDenoiser", "PixArtDenoiser", "UNetDenoiser"]
 
 
 def _register_with_diffusers():

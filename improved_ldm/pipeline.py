@@ -19,6 +19,7 @@ from improved_ldm.conditioning.guidance import GuidanceTerm, combine_predictions
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.conditioning.text import encode_prompts, pad_tokens
 from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.unet import UNetDenoiser
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TEXT_INPUTS = frozenset({"encoder_hidden_states", "pooled_projections"})
@@ -31,7 +32,8 @@ class ImprovedLDMPipeline(DiffusionPipeline):
 
     Args:
         vae: any diffusers autoencoder of images.
-        transformer: one of the family's denoisers.
+        transformer: one of the family's transformers, or
+        unet: its UNet.
         scheduler: any diffusers scheduler that fits the denoiser's objective.
         text_encoder: any Hugging Face text encoder, for a text-conditional denoiser.
         tokenizer: the text encoder's tokenizer.
@@ -47,15 +49,16 @@ class ImprovedLDMPipeline(DiffusionPipeline):
     Source: Berrada et al., 2024.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]  # diffusers adds lists to them
+    model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
+    _optional_components: ClassVar[list[str]] = ["transformer", "unet", "text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
         vae: ModelMixin,
-        transformer: Denoiser,
         scheduler: SchedulerMixin,
+        transformer: Denoiser | None = None,
+        unet: UNetDenoiser | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_padding: str = "noisy_replicate",
@@ -67,8 +70,15 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
     ):
         super().__init__()
+        if transformer is not None and unet is not None:
+            raise ValueError("`transformer` and `unet` are both given; a pipeline has one denoiser.")
         self.register_modules(
-            vae=vae, transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+            vae=vae,
+            transformer=transformer,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         self.register_to_config(
             text_padding=text_padding,
@@ -85,17 +95,16 @@ class ImprovedLDMPipeline(DiffusionPipeline):
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser, whichever backbone it is."""
-        return self.transformer
+        return self.unet if self.transformer is None else self.transformer
+
+    @denoiser.setter
+    def denoiser(self, denoiser: Denoiser):
+        self.register_modules(**{"transformer": None, "unet": None, denoiser.component: denoiser})
 
     @property
     def takes_text(self) -> bool:
         """Whether the denoiser reads prompts."""
         return bool(TEXT_INPUTS & self.denoiser.inputs)
-
-    @property
-    def takes_control(self) -> bool:
-        """Whether the denoiser reads size, crop and flip."""
-        return "control" in self.denoiser.inputs
 
     @property
     def default_size(self) -> int:
@@ -163,6 +172,8 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: before any work, for arguments that contradict the model or each other.
         """
+        if self.denoiser is None:
+            raise ValueError("the pipeline has no denoiser: give it a `transformer` or a `unet`.")
         height, width = _default(height, self.default_size), _default(width, self.default_size)
         num_inference_steps = _default(num_inference_steps, self.config.default_num_inference_steps)
         guidance_scale = _default(guidance_scale, self.config.default_guidance_scale)
@@ -248,7 +259,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         callback_tensors: tuple[str, ...],
     ):
         """Raise a ValueError for sizes, counts and names that cannot be."""
-        multiple = self.vae_scale_factor * self.denoiser.config.patch_size
+        multiple = self.vae_scale_factor * self.denoiser.patch_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels <= 0 or pixels % multiple:
                 raise ValueError(f"`{name}` is {pixels}; it must be a positive multiple of {multiple} pixels.")
@@ -278,7 +289,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         """One control record a prompt, defaults filled in; None for a model without control.
 
         Raises:
-            ValueError: for lists of a wrong length, impossible sizes, or control where the model reads none.
+            ValueError: for lists of a wrong length, impossible sizes, or control that the model does not read.
         """
         given = {
             "original_size": original_size,
@@ -287,10 +298,13 @@ class ImprovedLDMPipeline(DiffusionPipeline):
             "target_size": target_size,
             "flip": flip,
         }
-        if not self.takes_control:
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"`{name}` is given, but the model reads no control.")
+        read = self.denoiser.control_inputs
+        for name, value in given.items():
+            if value is not None and name not in read:
+                raise ValueError(
+                    f"`{name}` is given, but of the control the model reads {', '.join(read) or 'nothing'}."
+                )
+        if not read:
             return None
         per_sample = zip(*(_spread(name, value, batch_size) for name, value in given.items()), strict=True)
         return [self._make_control(height, width, *values) for values in per_sample]
@@ -357,7 +371,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         """The scheduler's timesteps; schedulers that shift by the image's size are told the number of tokens."""
         kwargs = {}
         if self.scheduler.config.get("use_dynamic_shifting"):
-            num_tokens = latent_shape[-1] * latent_shape[-2] // self.denoiser.config.patch_size**2
+            num_tokens = latent_shape[-1] * latent_shape[-2] // self.denoiser.patch_size**2
             kwargs["mu"] = calculate_shift(num_tokens)
         self.scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
         return self.scheduler.timesteps

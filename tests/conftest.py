@@ -111,13 +111,42 @@ def bert_text():
     return tokenizer, BertModel(config).eval()
 
 
+TRANSFORMER_SIZES = {"sample_size": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+TINY_SIZES = {
+    "unet": {
+        "sample_size": 4,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1),
+        "num_attention_heads": (1, 2),
+        "norm_num_groups": 8,
+        "size_features": 8,
+    },
+    "dit": TRANSFORMER_SIZES,
+    "mdt": TRANSFORMER_SIZES | {"num_layers": 4, "num_decoder_layers": 2},
+    "pixart": TRANSFORMER_SIZES,
+    "mmdit": TRANSFORMER_SIZES,
+}
+
+
 @pytest.fixture(scope="session")
-def tiny_denoiser():
-    """Builds a randomised denoiser of 4 x 4 latents in patches of 2."""
+def fresh_denoiser():
+    """Builds a denoiser of 4 x 4 latents, in patches of 2 where it has patches, as it is before training."""
 
     def build(name="dit", **config):
-        sizes = {"sample_size": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
-        return _randomize(denoiser_class(name)(**{**sizes, **config}))
+        return denoiser_class(name)(**{**TINY_SIZES[name], **config})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_denoiser(fresh_denoiser):
+    """Builds a fresh denoiser and randomises it."""
+
+    def build(name="dit", **config):
+        return _randomize(fresh_denoiser(name, **config))
 
     return build
 
@@ -129,7 +158,7 @@ def class_pipeline(autoencoder, tiny_denoiser):
     def build(scheduler=None, vae=autoencoder, name="dit", **denoiser_config):
         pipe = ImprovedLDMPipeline(
             vae=vae,
-            transformer=tiny_denoiser(name, **{"num_classes": 3, **denoiser_config}),
+            **{denoiser_class(name).component: tiny_denoiser(name, **{"num_classes": 3, **denoiser_config})},
             scheduler=scheduler or variance_preserving_scheduler("epsilon"),
             default_guidance_scale=2.0,
             default_num_inference_steps=2,
@@ -149,7 +178,7 @@ def text_pipeline(autoencoder, tiny_denoiser, clip_text):
         text_config = denoiser_config or {"text_dim": text_encoder.config.hidden_size}
         pipe = ImprovedLDMPipeline(
             vae=autoencoder,
-            transformer=tiny_denoiser(name, **text_config),
+            **{denoiser_class(name).component: tiny_denoiser(name, **text_config)},
             scheduler=variance_preserving_scheduler("epsilon"),
             text_encoder=text_encoder,
             tokenizer=tokenizer,

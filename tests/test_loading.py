@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from improved_ldm import DiTDenoiser, ImprovedLDMPipeline
+from improved_ldm.models.presets import DENOISERS
 
 CALLS = {"class": {"class_labels": [0, 2]}, "text": {"prompt": ["a red coat", ""]}}
 
@@ -41,6 +42,24 @@ def test_a_saved_pipeline_loads_and_samples_bit_for_bit(saved, loader):
     exactly(sample(loaded, call), sample(pipe, call))
     assert loaded.config.class_names == ["boot", "coat", "bag"]
     assert loaded.config.default_original_size == 64
+
+
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_backbone_loads_and_samples_bit_for_bit(text_pipeline, tmp_path, name, conditioning):
+    dims = dict.fromkeys(DENOISERS[name].text_arguments(conditioning), 96)
+    pipe = text_pipeline(name=name, conditioning=conditioning, **dims)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    used, unused = ("unet", "transformer") if name == "unet" else ("transformer", "unet")
+    assert index[used] == ["improved_ldm", DENOISERS[name].__name__]
+    assert index[unused] == [None, None] and not (tmp_path / unused).exists()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.denoiser) is DENOISERS[name]
+    exactly(loaded.denoiser.state_dict(), pipe.denoiser.state_dict())
+    exactly(sample(loaded, CALLS["text"]), sample(pipe, CALLS["text"]))
+    alone = AutoModel.from_pretrained(str(tmp_path), subfolder=used)
+    exactly(alone.state_dict(), pipe.denoiser.state_dict())
 
 
 def test_saving_again_writes_the_same_index(saved, tmp_path):

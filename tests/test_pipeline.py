@@ -19,6 +19,7 @@ from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.autoencoder import decode_latents, encode_images, spatial_factor
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.diffusion.schedules import flow_scheduler, variance_preserving_scheduler
+from improved_ldm.models.presets import DENOISERS
 
 BETAS = variance_preserving_scheduler("epsilon").config
 LATENT = {"output_type": "latent", "num_inference_steps": 2}
@@ -64,7 +65,21 @@ def pipe_and_call(request, class_pipeline, text_pipeline):
 # what comes out
 
 
-@pytest.mark.parametrize("name", ["dit", "mmdit"])
+MODES = ("disentangled", "published")
+
+
+@pytest.fixture
+def prompt_pipeline(text_pipeline):
+    """A pipeline of prompts around a denoiser that reads what its mode reads of CLIP's text."""
+
+    def build(name, conditioning="disentangled", **config):
+        dims = dict.fromkeys(DENOISERS[name].text_arguments(conditioning), 96)
+        return text_pipeline(name=name, conditioning=conditioning, **dims, **config)
+
+    return build
+
+
+@pytest.mark.parametrize("name", DENOISERS)
 def test_one_prompt_or_class_gives_one_image(class_pipeline, text_pipeline, name):
     for image in (
         class_pipeline(name=name)(class_labels=1).images,
@@ -295,10 +310,24 @@ def test_control_lists_have_one_value_a_prompt(class_pipeline):
         assert_close(alone[0], batch[index], rtol=0, atol=1e-4)
 
 
-def test_published_models_take_no_control(class_pipeline):
-    pipe = class_pipeline(conditioning="published")
-    assert not pipe.takes_control
+PUBLISHED_WITHOUT_SIZES = {name: {} for name in DENOISERS} | {"unet": {"size_features": 0}}
+PUBLISHED_WITH_SIZES = {"unet": {}, "pixart": {"size_conditions": True, "hidden_size": 48}}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITHOUT_SIZES)
+def test_published_models_without_sizes_take_no_control(class_pipeline, name):
+    pipe = class_pipeline(name=name, conditioning="published", **PUBLISHED_WITHOUT_SIZES[name])
+    assert not pipe.denoiser.control_inputs
     assert sample(pipe, class_labels=0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_SIZES)
+def test_published_models_with_sizes_take_them_as_control(class_pipeline, name):
+    pipe = class_pipeline(name=name, conditioning="published", **PUBLISHED_WITH_SIZES[name])
+    assert pipe.denoiser.control_inputs
+    plain = sample(pipe, class_labels=0)
+    assert plain.isfinite().all()
+    assert differ(sample(pipe, class_labels=0, target_size=(16, 8)), plain)
 
 
 # components
@@ -338,20 +367,66 @@ def test_every_text_padding_runs(text_pipeline):
 
 
 @pytest.mark.parametrize("encoder", ["t5_text", "bert_text"])
-@pytest.mark.parametrize("name", ["dit", "mmdit"])
+@pytest.mark.parametrize("name", DENOISERS)
 def test_other_text_encoders(request, text_pipeline, encoder, name):
     pipe = text_pipeline(request.getfixturevalue(encoder), max_text_tokens=9, name=name, text_dim=24)
     images = sample(pipe, ["a red coat", ""], negative_prompt="the bag")
     assert images.shape == (2, 4, 4, 4) and images.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("name", "dims"), [("dit", {"pooled_dim": 96}), ("mmdit", {"text_dim": 96, "pooled_dim": 96})]
-)
-def test_published_text_models(text_pipeline, name, dims):
-    pipe = text_pipeline(name=name, conditioning="published", **dims)
-    red, blue = sample(pipe, ["a red coat", "a blue bag"], seeds=(0, 0))
+@pytest.mark.parametrize("conditioning", MODES)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_backbone_follows_prompts_through_the_same_calls(prompt_pipeline, evaluations, name, conditioning):
+    pipe = prompt_pipeline(name, conditioning)
+    rows = evaluations(pipe)
+    call = {"negative_prompt": "the bag", "guidance_scale": 3.0, "height": 12, "num_images_per_prompt": 2}
+    red, _, blue, _ = sample(pipe, ["a red coat", "a blue bag"], seeds=(0, 1, 0, 1), **call)
+    assert red.shape == (4, 6, 4) and red.isfinite().all()
     assert differ(red, blue)
+    assert rows == [8, 8]
+
+
+@pytest.mark.parametrize("conditioning", MODES)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_backbone_follows_classes_through_the_same_calls(class_pipeline, evaluations, name, conditioning):
+    pipe = class_pipeline(name=name, conditioning=conditioning)
+    rows = evaluations(pipe)
+    images = sample(pipe, class_labels=[0, 1, 0], seeds=(0, 0, 1), width=16, guidance_scale=1.0)
+    assert images.shape == (3, 4, 4, 8) and images.isfinite().all()
+    assert differ(images[0], images[1]) and differ(images[0], images[2])
+    assert rows == [3, 3]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_backbone_takes_control_guidance(class_pipeline, evaluations, name):
+    pipe = class_pipeline(name=name)
+    rows = evaluations(pipe)
+    one, two = (
+        sample(pipe, class_labels=[0], guidance_scale=2.0, control_guidance_scale=1.5, flip=flip, seeds=(0,))
+        for flip in (False, True)
+    )
+    assert differ(one, two)
+    assert rows == [3, 3] * 2
+
+
+def test_a_unet_draws_images_of_every_latent_size(class_pipeline):
+    pipe = class_pipeline(name="unet")
+    images = pipe(class_labels=0, height=10, width=6, output_type="pt").images
+    assert images.shape == (1, 3, 10, 6) and images.isfinite().all()
+    with pytest.raises(ValueError, match="`height` is 9; it must be a positive multiple of 2"):
+        pipe(class_labels=0, height=9)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_the_denoiser_may_be_set_afterwards(class_pipeline, tiny_denoiser, autoencoder, name):
+    pipe = ImprovedLDMPipeline(autoencoder, variance_preserving_scheduler("epsilon"), default_guidance_scale=2.0)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.denoiser is None
+    pipe.denoiser = tiny_denoiser(name, num_classes=3)
+    exactly(sample(pipe, class_labels=1), sample(class_pipeline(name=name), class_labels=1))
+    other = tiny_denoiser(name, num_classes=3)
+    pipe.denoiser = other
+    assert pipe.denoiser is other is pipe.components[other.component]
 
 
 def test_the_autoencoder_may_be_tiny(class_pipeline):
@@ -452,7 +527,7 @@ def test_bad_prompts_fail_before_any_evaluation(text_pipeline, evaluations, argu
 
 def test_a_prompt_needs_a_text_encoder(autoencoder, tiny_denoiser):
     scheduler = variance_preserving_scheduler("epsilon")
-    pipe = ImprovedLDMPipeline(autoencoder, tiny_denoiser(text_dim=8), scheduler)
+    pipe = ImprovedLDMPipeline(autoencoder, scheduler, tiny_denoiser(text_dim=8))
     with pytest.raises(ValueError, match="text_encoder"):
         pipe("a coat")
 

@@ -44,7 +44,6 @@ def main(argv: list[str]):
     denoiser = build_denoiser(config, vae, num_classes=num_classes)
     pipeline = ImprovedLDMPipeline(
         vae,
-        denoiser,
         objective.sampling_scheduler(),
         default_original_size=first_rows.original_side,
         default_guidance_scale=config.sampling.guidance_scale,
@@ -55,14 +54,14 @@ def main(argv: list[str]):
 
     # The training: cache or stream, then the loop that all scripts share.
     def draw_samples(averaged, step: int):
-        pipeline.register_modules(transformer=averaged)
+        pipeline.denoiser = averaged
         draw_grid(pipeline, labels, config.seed, run.folder / "samples" / f"step-{step:07d}.png")
 
     batches = open_batches(run, rows, SampleEncoder(vae))
     averaged = train(run, denoiser, objective, batches, draw_samples)
 
     # What is left: the pipeline with its samples, metrics and card.
-    pipeline.register_modules(transformer=averaged)
+    pipeline.denoiser = averaged
     finish(run, pipeline, labels, started)
 
 

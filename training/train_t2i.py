@@ -45,10 +45,9 @@ def main(argv: list[str]):
     denoiser = build_denoiser(config, vae, **text_dims(config.denoiser, encoder))
     pipeline = ImprovedLDMPipeline(
         vae,
-        denoiser,
         objective.sampling_scheduler(),
-        text_encoder,
-        tokenizer,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         text_padding=config.text.padding,
         text_noise_scale=config.text.noise_scale,
         max_text_tokens=config.text.max_tokens,
@@ -62,14 +61,14 @@ def main(argv: list[str]):
 
     # The training: cache or stream, then the loop that all scripts share.
     def draw_samples(averaged, step: int):
-        pipeline.register_modules(transformer=averaged)
+        pipeline.denoiser = averaged
         draw_grid(pipeline, prompts, config.seed, run.folder / "samples" / f"step-{step:07d}.png")
 
     batches = open_batches(run, rows, encoder)
     averaged = train(run, denoiser, objective, batches, draw_samples)
 
     # What is left: the pipeline with its samples, metrics and card.
-    pipeline.register_modules(transformer=averaged)
+    pipeline.denoiser = averaged
     finish(run, pipeline, prompts, started)
 
 

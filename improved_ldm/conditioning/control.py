@@ -108,6 +108,9 @@ class Control:
         return cls(original_size, corner, crop_size, tuple(map(int, target_size)), bool(values[8]))
 
 
+CONTROL_INPUTS = frozenset(field.name for field in fields(Control))  # what a caller can steer
+
+
 def check_pair(name: str, pair, minimum_is_zero: bool = False):
     """Raise a ValueError for what is not two finite numbers above, or at, zero."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -179,6 +182,41 @@ def high_level_variables(control: torch.Tensor) -> torch.Tensor:
 def low_level_variables(control: torch.Tensor) -> torch.Tensor:
     """φ_l: the original height and width in octaves, (batch, 2) float32, from a (batch, `NUM_CONTROL`) control."""
     return OCTAVE_SCALE * torch.log2(control[:, :2].float())
+
+
+def sdxl_sizes(control: torch.Tensor) -> torch.Tensor:
+    """The control as SDXL's time ids: original height and width, crop top and left, target height and width.
+
+    SDXL counts the crop's corner in pixels of the target's scale. A null row gives zeros.
+
+    Args:
+        control: (batch, `NUM_CONTROL`).
+
+    Returns:
+        (batch, 6) float32.
+
+    Source: SDXL; the zeros are our choice.
+    """
+    height, width, top, left, crop_height, crop_width, target_height, target_width, _ = control.float().unbind(-1)
+    corner = [top * target_height / crop_height, left * target_width / crop_width]
+    return torch.stack([height, width, *corner, target_height, target_width], dim=-1).nan_to_num(0)
+
+
+def pixart_sizes(control: torch.Tensor) -> torch.Tensor:
+    """The control as PixArt-α's micro-conditions: target height and width, and height over width.
+
+    A null row gives zeros.
+
+    Args:
+        control: (batch, `NUM_CONTROL`).
+
+    Returns:
+        (batch, 3) float32.
+
+    Source: PixArt-α; the zeros are our choice.
+    """
+    height, width = control.float().unbind(-1)[6:8]
+    return torch.stack([height, width, height / width], dim=-1).nan_to_num(0)
 
 
 class ScalarsEmbedding(nn.Module):

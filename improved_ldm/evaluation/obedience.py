@@ -81,7 +81,8 @@ def evaluate_obedience(
     num_samples -= num_samples % 2
     prompts, labels = real.prompts(num_samples)
     flips = torch.arange(num_samples) // len(real.class_names) % 2
-    asked_flips = flips.bool().tolist() if pipeline.takes_control else None
+    read = pipeline.denoiser.control_inputs
+    asked_flips = flips.bool().tolist() if "flip" in read else None
     samples = draw(pipeline, prompts, labels, seed, flip=asked_flips)
     results = {
         "class_accuracy": _class_accuracy(judge, samples, labels),
@@ -89,8 +90,9 @@ def evaluate_obedience(
         "real_orientation_accuracy": _orientation_accuracy(judge, real.pixels, real.labels, False),
         "num_samples": num_samples,
     }
-    if pipeline.takes_control:
+    if "flip" in read:
         results["orientation_accuracy"] = _orientation_accuracy(judge, samples, labels, flips)
+    if "original_size" in read:
         results |= _detail(pipeline, judge, real, num_detail_samples, seed)
 
     prompts, labels = real.prompts(num_coverage_samples)

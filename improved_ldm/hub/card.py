@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).parent / "card_template.md"
 def usage_lines(folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -> str:
     """Five lines of Python that load a folder and draw."""
     semantic = f"prompt={prompt!r}" if pipeline.takes_text else f"class_labels={prompt}"
-    flip = ", flip=True" if pipeline.takes_control else ""
+    flip = ", flip=True" if "flip" in pipeline.denoiser.control_inputs else ""
     return "\n".join(
         [
             "import improved_ldm",
@@ -65,8 +65,7 @@ def write_card(
         picture=picture,
         usage=usage_lines(folder.as_posix(), pipeline, prompt),
         denoiser=type(pipeline.denoiser).__name__,
-        width=pipeline.denoiser.config.hidden_size,
-        depth=pipeline.denoiser.config.num_layers,
+        size=pipeline.denoiser.summary,
         conditioning=config["denoiser"]["conditioning"],
         parameters=f"{metrics['parameters']:,}",
         source=config["data"]["source"],
@@ -76,7 +75,7 @@ def write_card(
         device=metrics["device"],
         command=metrics["command"],
         evaluation=_evaluation_table(metrics),
-        has_control=pipeline.takes_control,
+        control=pipeline.denoiser.control_inputs,
         side=pipeline.default_size,
     )
     file = folder / "README.md"

@@ -1,140 +1,19 @@
-"""What the denoisers share: the contract of `forward`, and the trunk: conditions to embedding and tokens."""
+"""What the denoisers share: the contract of `forward`, and for the transformers patches, positions and the trunk."""
 
-from typing import Literal
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from improved_ldm.conditioning.control import ControlEmbedding, null_control
+from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.positions import sincos_grid
-
-ConditioningMode = Literal["disentangled", "published"]
-TIMESTEP_FEATURES = 256
-
-
-class ConditioningTrunk(nn.Module):
-    """Timestep, control, class and text of a batch → the embedding that modulates and the tokens that are attended to.
-
-    `disentangled`: the embedding carries timestep and control, `e(t, c) = e_time(t) + E_h(φ_h) + γ_c(t) E_l(φ_l)`;
-    class and text are tokens only. `published`: class and pooled text are added to the embedding, there is no control,
-    and the tokens are there if the backbone attends to them.
-
-    Args:
-        dim: channels of the embedding and of the tokens.
-        conditioning: `disentangled` or `published`.
-        attends: whether the backbone attends to semantic tokens.
-        num_classes: classes, for a class-conditional model.
-        num_class_tokens: tokens a class gives.
-        text_dim: channels of the text encoder's tokens, for a text-conditional model.
-        pooled_dim: channels of the pooled text, which only the published mode reads.
-        control_weight: kind of γ_c.
-        control_power: α of γ_c.
-        num_train_timesteps: T.
-
-    Raises:
-        ValueError: for semantic conditions that the mode does not read.
-
-    Source: Berrada et al., 2024.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        conditioning: ConditioningMode,
-        attends: bool,
-        num_classes: int | None,
-        num_class_tokens: int,
-        text_dim: int | None,
-        pooled_dim: int | None,
-        control_weight: str,
-        control_power: float,
-        num_train_timesteps: int,
-    ):
-        super().__init__()
-        published = conditioning == "published"
-        if conditioning not in ("disentangled", "published"):
-            raise ValueError(f"`conditioning` is {conditioning!r}; it must be 'disentangled' or 'published'.")
-        if num_classes is not None and text_dim is not None:
-            raise ValueError("`num_classes` and `text_dim` are both set; a denoiser reads classes or text.")
-        if pooled_dim is not None and not published:
-            raise ValueError("`pooled_dim` is set, but pooled text enters the embedding in 'published' mode only.")
-        if text_dim is not None and not attends:
-            raise ValueError("`text_dim` is set, but this denoiser attends to text in 'disentangled' mode only.")
-        self.dim, self.pooled_dim = dim, pooled_dim
-        self.num_classes, self.num_class_tokens = num_classes, num_class_tokens
-
-        self.time_embedding = TimestepEmbedding(TIMESTEP_FEATURES, dim)
-        self.control_embedding = (
-            None if published else ControlEmbedding(dim, control_weight, control_power, num_train_timesteps)
-        )
-        has_class = num_classes is not None
-        self.class_embedding = nn.Embedding(num_classes + 1, dim) if published and has_class else None
-        self.class_tokens = nn.Embedding(num_classes + 1, num_class_tokens * dim) if attends and has_class else None
-        self.pooled_embedding = None if pooled_dim is None else TimestepEmbedding(pooled_dim, dim)
-        self.text_projection = None if text_dim is None else nn.Linear(text_dim, dim)
-        self.null_text = None if text_dim is None else nn.Parameter(torch.zeros(text_dim))
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        """Names of the conditions that are read."""
-        read = {
-            "encoder_hidden_states": self.text_projection is not None,
-            "encoder_attention_mask": self.text_projection is not None,
-            "class_labels": self.num_classes is not None,
-            "control": self.control_embedding is not None,
-            "pooled_projections": self.pooled_embedding is not None,
-        }
-        return frozenset(name for name, is_read in read.items() if is_read)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        class_labels: torch.Tensor | None,
-        control: torch.Tensor | None,
-        pooled_projections: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The embedding (batch, dim), the tokens (batch, tokens, dim) and their mask (batch, 1, 1, tokens)."""
-        batch_size, device, dtype = len(hidden_states), hidden_states.device, self.time_embedding.linear_1.weight.dtype
-        timestep = torch.as_tensor(timestep, device=device).expand(batch_size)
-        if class_labels is None and self.num_classes is not None:
-            class_labels = torch.full((batch_size,), self.num_classes, device=device)
-
-        features = get_timestep_embedding(
-            timestep, TIMESTEP_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0
-        )  # (batch, 256)
-        embedding = self.time_embedding(features.to(dtype))  # (batch, dim)
-        if self.control_embedding is not None:
-            if control is None:
-                control = null_control(batch_size, device)
-            embedding = embedding + self.control_embedding(control, timestep)
-        if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(class_labels)
-        if self.pooled_embedding is not None:
-            if pooled_projections is None:
-                pooled_projections = torch.full((batch_size, self.pooled_dim), torch.nan, device=device)
-            is_null = pooled_projections.isnan().all(-1, keepdim=True)
-            embedding = embedding + self.pooled_embedding(torch.where(is_null, 0, pooled_projections).to(dtype))
-
-        if self.class_tokens is not None:
-            return embedding, self.class_tokens(class_labels).unflatten(-1, (self.num_class_tokens, self.dim)), None
-        if self.text_projection is None:
-            return embedding, None, None
-        if encoder_hidden_states is None:
-            encoder_hidden_states = torch.full((batch_size, 1, 1), torch.nan, device=device)
-        is_null = encoder_hidden_states.isnan().all(-1, keepdim=True)
-        text = torch.where(is_null, self.null_text, encoder_hidden_states.to(dtype))
-        mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
-        return embedding, self.text_projection(text), mask  # (batch, tokens, dim)
+from improved_ldm.models.trunk import ConditioningMode, ConditioningTrunk, PooledEmbedding
 
 
 class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -152,12 +31,12 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
     - `pooled_projections` (batch, pooled_dim), a row of NaN is the null prompt,
 
     and an output whose `.sample` is (batch, out_channels, height, width). A condition that is None is null (a text
-    that is None is a single null token); one that the model does not read is an error.
+    that is None is the null text); one that the model does not read is an error.
     """
 
-    _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ("patch_embedding", "trunk", "norm")
+    component = "transformer"  # name in the pipeline
 
+    _supports_gradient_checkpointing = True
     # which of `text_dim` and `pooled_dim` a text-conditional model of the published mode takes
     _published_text_arguments: tuple[str, ...] = ("text_dim", "pooled_dim")
 
@@ -173,70 +52,75 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         """Names of the conditions that the model reads."""
         return self.trunk.inputs
 
-    def check_sizes(self):
-        """Raise a ValueError where the width does not divide into heads or positions, or the latents into patches."""
-        width, heads = self.config.hidden_size, self.config.num_attention_heads
-        side, patch_size = self.config.sample_size, self.config.patch_size
-        if side % patch_size:
-            raise ValueError(f"`sample_size` {side} must be divisible by `patch_size` {patch_size}.")
-        if width % heads:
-            raise ValueError(f"`hidden_size` {width} must be divisible by `num_attention_heads` {heads}.")
-        if width % 4:
-            raise ValueError(f"`hidden_size` {width} must be divisible by 4, the parts of a sin-cos position.")
+    @property
+    def patch_size(self) -> int:
+        """What a side of the latents must be divisible by."""
+        raise NotImplementedError
 
-    def make_trunk(self, attends: bool) -> ConditioningTrunk:
-        """The trunk that the model's config describes."""
-        config = self.config
-        return ConditioningTrunk(
-            config.hidden_size,
-            config.conditioning,
-            attends,
-            config.num_classes,
-            config.num_class_tokens,
-            config.text_dim,
-            config.pooled_dim,
-            config.control_weight,
-            config.control_power,
-            config.num_train_timesteps,
-        )
+    @property
+    def summary(self) -> str:
+        """Width and depth in words."""
+        raise NotImplementedError
 
-    def check_inputs(self, hidden_states: torch.Tensor, **conditions: torch.Tensor | None) -> tuple[int, int]:
+    def training_passes(
+        self, hidden_states: torch.Tensor, level: float, generator: torch.Generator
+    ) -> list[dict[str, Any]]:
+        """The forward passes of a training step, each as further arguments of `forward`; the loss is their mean.
+
+        Args:
+            hidden_states: (batch, channels, height, width) latents.
+            level: random number in [0, 1), one a step, for what its micro-batches must agree on.
+            generator: of what is drawn for each image, in their order.
+        """
+        return [{}]
+
+    @property
+    def control_inputs(self) -> frozenset[str]:
+        """Names of the fields of the control that the model reads."""
+        return self.trunk.control_inputs
+
+    def check_inputs(self, hidden_states: torch.Tensor, conditions: Conditioning) -> tuple[int, int]:
         """The grid of patches (rows, columns) of valid inputs.
 
         Raises:
             ValueError: where the latents do not divide into patches or a condition would be ignored.
         """
-        patch_size = self.config.patch_size
+        patch_size = self.patch_size
         height, width = hidden_states.shape[-2:]
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"`hidden_states` is {height}x{width} latent pixels; "
                 f"both sides must be divisible by the patch size {patch_size}."
             )
-        for name, value in conditions.items():
+        for name, value in conditions.kwargs().items():
             if value is not None and name not in self.inputs:
                 raise ValueError(
                     f"`{name}` is given, but this {type(self).__name__} reads {', '.join(sorted(self.inputs))} only."
                 )
         return height // patch_size, width // patch_size
 
-    def register_positions(self):
-        """Keep the position embeddings of the configured latent size."""
-        side = self.config.sample_size // self.config.patch_size
-        self.register_buffer("positions", self._positions(side, side), persistent=False)
+    def added_sizes(
+        self,
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+        names: tuple[str, ...],
+        control: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The published model's sizes (batch, n), where a call gives them as numbers of these names.
 
-    def _positions(self, rows: int, columns: int) -> torch.Tensor:
-        extent = self.config.position_extent or self.config.sample_size / self.config.patch_size
-        return sincos_grid(rows, columns, self.config.hidden_size, extent)
-
-    def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (rows · columns, dim) of a grid of patches in the model's coordinate range."""
-        side = self.config.sample_size // self.config.patch_size
-        positions = self.positions
-        if grid != (side, side):
-            positions = self._positions(*grid).to(positions.device)
-        # loading in half precision converts parameters, not buffers
-        return positions.to(self.patch_embedding.proj.weight.dtype)
+        Raises:
+            ValueError: for other names, a model that reads no such sizes, or a control beside them.
+        """
+        if added_cond_kwargs is None:
+            return None
+        if "control" not in self.inputs or self.config.conditioning != "published":
+            raise ValueError(f"`added_cond_kwargs` is given, but this {type(self).__name__} reads no published sizes.")
+        if control is not None:
+            raise ValueError("`control` and `added_cond_kwargs` are both given; give the sizes once.")
+        if set(added_cond_kwargs) != set(names):
+            raise ValueError(
+                f"`added_cond_kwargs` has {', '.join(added_cond_kwargs)}; it must have {', '.join(names)}."
+            )
+        return torch.cat([added_cond_kwargs[name] for name in names], dim=1)
 
     def run_block(self, block: nn.Module, *args):
         """A block's output, recomputed in the backward pass where gradient checkpointing is on."""
@@ -248,3 +132,57 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
     def output(sample: torch.Tensor, return_dict: bool):
         """The prediction in the form that the caller asked for."""
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class PatchDenoiser(Denoiser):
+    """Base of the transformers over latent patches, in one width throughout."""
+
+    _skip_layerwise_casting_patterns = ("patch_embedding", "trunk", "norm")
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels a side of a patch."""
+        return self.config.patch_size
+
+    @property
+    def summary(self) -> str:
+        """Width, depth and patch in words."""
+        config = self.config
+        return f"{config.hidden_size} channels, {config.num_layers} blocks, patches of {config.patch_size}"
+
+    def check_sizes(self):
+        """Raise a ValueError where the width does not divide into heads or positions, or the latents into patches."""
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+        side, patch_size = self.config.sample_size, self.config.patch_size
+        if side % patch_size:
+            raise ValueError(f"`sample_size` {side} must be divisible by `patch_size` {patch_size}.")
+        if width % heads:
+            raise ValueError(f"`hidden_size` {width} must be divisible by `num_attention_heads` {heads}.")
+        if width % 4:
+            raise ValueError(f"`hidden_size` {width} must be divisible by 4, the parts of a sin-cos position.")
+
+    def make_trunk(self, attends: bool, **parts) -> ConditioningTrunk:
+        """The trunk that the model's config describes; `parts` are further arguments of it."""
+        config = self.config
+        if config.get("pooled_dim") is not None:
+            parts["added_embedding"] = PooledEmbedding(config.hidden_size, config.pooled_dim)
+        return ConditioningTrunk(config, config.hidden_size, config.hidden_size, attends, **parts)
+
+    def register_positions(self):
+        """Keep the position embeddings of the configured latent size; they travel with the weights."""
+        side = self.config.sample_size // self.config.patch_size
+        self.register_buffer("positions", self.computed_positions(side, side))
+
+    def computed_positions(self, rows: int, columns: int) -> torch.Tensor:
+        """Sin-cos embeddings (rows · columns, dim) of a grid in the model's coordinate range."""
+        extent = self.config.position_extent or self.config.sample_size / self.config.patch_size
+        return sincos_grid(rows, columns, self.config.hidden_size, extent)
+
+    def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings (rows · columns, dim) of a grid of patches."""
+        side = self.config.sample_size // self.config.patch_size
+        positions = self.positions
+        if grid != (side, side):
+            positions = self.computed_positions(*grid).to(positions.device)
+        # loading in half precision converts parameters, not buffers
+        return positions.to(self.patch_embedding.proj.weight.dtype)

@@ -8,16 +8,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.conditioning.inputs import Conditioning
+from improved_ldm.models.denoiser import PatchDenoiser
 from improved_ldm.models.layers import (
     NORM_EPS,
     Attention,
+    ModulatedNorm,
     Modulation,
     OutputLayer,
     PatchEmbedding,
     initialize,
-    modulate,
-    plain_norm,
 )
 
 
@@ -30,16 +30,25 @@ class DiTBlock(nn.Module):
         mlp_ratio: width of the feed-forward over `dim`.
         cross_attention: whether the block reads semantic tokens (the disentangled mode).
         qk_norm: RMS-normalise queries and keys.
+        norm_eps: of the norm before the feed-forward.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross_attention: bool, qk_norm: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        cross_attention: bool,
+        qk_norm: bool,
+        norm_eps: float = NORM_EPS,
+    ):
         super().__init__()
         self.modulation = Modulation(dim, 6)
-        self.norm1 = plain_norm(dim)
+        self.norm1 = ModulatedNorm(dim)
         self.attn1 = Attention(dim, num_heads, qk_norm)
         self.norm_cross = nn.LayerNorm(dim, eps=NORM_EPS) if cross_attention else None
         self.attn2 = Attention(dim, num_heads, qk_norm) if cross_attention else None
-        self.norm2 = plain_norm(dim)
+        self.norm2 = ModulatedNorm(dim, norm_eps)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
 
     def zero_start(self):
@@ -53,22 +62,24 @@ class DiTBlock(nn.Module):
         embedding: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # (batch, tokens, dim), (batch, dim), (batch, context, dim), (batch, 1, 1, context) → (batch, tokens, dim)
+        # (batch, tokens, dim), (batch, dim), (batch, context, dim), (batch, 1, 1, context) and, for self-attention,
+        # (batch or 1, heads, tokens, tokens) → (batch, tokens, dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)
-        attended = self.attn1(modulate(self.norm1(hidden_states), shift1, scale1))
+        attended = self.attn1(self.norm1(hidden_states, shift1, scale1), attention_mask=attention_bias)
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         if self.attn2 is not None:
             attended = self.attn2(self.norm_cross(hidden_states), encoder_hidden_states, encoder_attention_mask)
             hidden_states = hidden_states + attended
-        return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), shift2, scale2)))
+        return torch.addcmul(hidden_states, gate2, self.ff(self.norm2(hidden_states, shift2, scale2)))
 
 
 # lets diffusers' caches find the hidden states in the block's output
 TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class DiTDenoiser(Denoiser):
+class DiTDenoiser(PatchDenoiser):
     """DiT with classes or text, disentangled or as published.
 
     Args:
@@ -90,7 +101,10 @@ class DiTDenoiser(Denoiser):
         control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
         control_power: α of the cosine ramp.
         num_train_timesteps: T.
-        position_extent: coordinates that the longer side of the grid spans; default: its patches at training.
+        position_extent: coordinates that a side of the grid spans; default: its patches at training.
+        norm_eps: of the norms before the feed-forwards; 1e-5 in diffusers' DiT.
+        downscale_freq_shift: of the timestep's sinusoids; 1 in diffusers' DiT.
+        trunk_per_block: embed the conditions anew for every block, as diffusers' DiT does.
 
     Raises:
         ValueError: for sizes that do not divide or conditions that contradict the mode.
@@ -124,15 +138,27 @@ class DiTDenoiser(Denoiser):
         control_power: float = 1.0,
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
+        norm_eps: float = NORM_EPS,
+        downscale_freq_shift: float = 0.0,
+        trunk_per_block: bool = False,
     ):
         super().__init__()
         self.check_sizes()
+        if trunk_per_block and text_dim is not None:
+            raise ValueError(
+                "`trunk_per_block` is set with `text_dim`; only classes are embedded anew for every block."
+            )
         attends = conditioning == "disentangled" and (num_classes is not None or text_dim is not None)
-        self.trunk = self.make_trunk(attends)
+        self.trunk = self.make_trunk(attends, downscale_freq_shift=downscale_freq_shift)
+        self.later_trunks = nn.ModuleList(
+            self.make_trunk(attends=False, downscale_freq_shift=downscale_freq_shift)
+            for _ in range(num_layers - 1 if trunk_per_block else 0)
+        )
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.register_positions()
         self.transformer_blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm) for _ in range(num_layers)
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm, norm_eps)
+            for _ in range(num_layers)
         )
         self.output_layer = OutputLayer(hidden_size, patch_size, out_channels)
         self.gradient_checkpointing = False
@@ -152,24 +178,24 @@ class DiTDenoiser(Denoiser):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the objective's target; arguments and result as `Denoiser` says."""
-        conditions = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "class_labels": class_labels,
-            "control": control,
-            "pooled_projections": pooled_projections,
-        }
-        grid = self.check_inputs(hidden_states, **conditions)  # (rows, columns) of patches
+        conditions = Conditioning(
+            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
+        )
+        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, **conditions)
+        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
+        later_embeddings = [trunk(hidden_states, timestep, conditions)[0] for trunk in self.later_trunks]
+        block_embeddings = (
+            [embedding, *later_embeddings] if later_embeddings else [embedding] * len(self.transformer_blocks)
+        )
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)
         hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)
 
         # blocks: (batch, tokens, dim)
-        for block in self.transformer_blocks:
-            hidden_states = self.run_block(block, hidden_states, embedding, context, context_mask)
+        for block, block_embedding in zip(self.transformer_blocks, block_embeddings, strict=True):
+            hidden_states = self.run_block(block, hidden_states, block_embedding, context, context_mask)
 
         # output: (batch, tokens, dim) → (batch, out_channels, height, width)
         sample = self.output_layer(hidden_states, embedding, grid)

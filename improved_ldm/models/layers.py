@@ -28,7 +28,8 @@ class AttentionProcessor:
         return attn.to_out[0](hidden_states)
 
     def attend(self, query, key, value, attention_mask):
-        # (batch, tokens, heads, head_dim) each; attention_mask (batch, 1, 1, key tokens) bool or None
+        # (batch, tokens, heads, head_dim) each; attention_mask bool, or a bias, that broadcasts to
+        # (batch, heads, tokens, key tokens), or None
         hidden_states = dispatch_attention_fn(
             query,
             key,
@@ -146,14 +147,59 @@ class Modulation(nn.Module):
         return self.linear(nn.functional.silu(embedding))[:, None].chunk(self.num_vectors, dim=-1)
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x · (1 + scale) + shift, with (batch, 1, dim) vectors on (batch, tokens, dim) states."""
-    return torch.addcmul(shift, hidden_states, 1 + scale)
+class TableModulation(nn.Module):
+    """Shifts, scales and gates that differ from shared ones by a learned table (adaLN-single).
+
+    Args:
+        dim: channels.
+        num_vectors: how many vectors of `dim` channels to give.
+
+    Source: PixArt-α.
+    """
+
+    def __init__(self, dim: int, num_vectors: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(num_vectors, dim) / dim**0.5)
+
+    def forward(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # (batch, num_vectors or 1, dim) → num_vectors × (batch, 1, dim)
+        return (self.table + vectors).split(1, dim=1)
 
 
-def plain_norm(dim: int) -> nn.LayerNorm:
-    """The layer norm without parameters that modulation follows."""
-    return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+class ModulatedNorm(nn.Module):
+    """Layer norm without parameters of its own, scaled and shifted: norm(x) · (1 + scale) + shift.
+
+    Args:
+        dim: channels.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = NORM_EPS):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        # (batch, tokens, dim), (batch, 1, dim), (batch, 1, dim) → (batch, tokens, dim)
+        return _ModulatedNorm.apply(hidden_states, shift, scale, self.eps)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    # the backward pass makes norm(x) anew from what the norm's own gradient keeps: one state less in memory
+
+    @staticmethod
+    def forward(ctx, hidden_states, shift, scale, eps):
+        normed, mean, rstd = torch.native_layer_norm(hidden_states, hidden_states.shape[-1:], None, None, eps)
+        ctx.save_for_backward(hidden_states, scale, mean, rstd)
+        return torch.addcmul(shift, normed, 1 + scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_states, scale, mean, rstd = ctx.saved_tensors
+        grad_scale = ((hidden_states - mean) * rstd).mul_(grad).sum(1, keepdim=True)
+        grad_states, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad * (1 + scale), hidden_states, hidden_states.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+        return grad_states, grad.sum(1, keepdim=True), grad_scale, None
 
 
 class PatchEmbedding(nn.Module):
@@ -171,7 +217,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # (batch, channels, height, width) → (batch, tokens, dim)
-        return self.proj(hidden_states).flatten(2).transpose(1, 2)
+        # the layout of the blocks' states follows from this one's
+        return self.proj(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
 
 class OutputLayer(nn.Module):
@@ -181,15 +228,16 @@ class OutputLayer(nn.Module):
         dim: channels of a token.
         patch_size: latent pixels a side of a patch.
         out_channels: latent channels of the prediction.
+        modulation: from the embedding to a shift and a scale; default: linear.
 
     Source: DiT.
     """
 
-    def __init__(self, dim: int, patch_size: int, out_channels: int):
+    def __init__(self, dim: int, patch_size: int, out_channels: int, modulation: nn.Module | None = None):
         super().__init__()
         self.patch_size, self.out_channels = patch_size, out_channels
-        self.norm = plain_norm(dim)
-        self.modulation = Modulation(dim, 2)
+        self.norm = ModulatedNorm(dim)
+        self.modulation = modulation or Modulation(dim, 2)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
 
     def zero_start(self):
@@ -200,7 +248,7 @@ class OutputLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # (batch, tokens, dim) → (batch, out_channels, height, width)
         shift, scale = self.modulation(embedding)
-        patches = self.linear(modulate(self.norm(hidden_states), shift, scale))
+        patches = self.linear(self.norm(hidden_states, shift, scale))
         patches = patches.unflatten(1, grid).unflatten(-1, (self.patch_size, self.patch_size, self.out_channels))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

@@ -8,16 +8,18 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.conditioning.inputs import Conditioning
+from improved_ldm.models.denoiser import PatchDenoiser
 from improved_ldm.models.layers import (
+    Attention,
     JointAttention,
+    ModulatedNorm,
     Modulation,
     OutputLayer,
     PatchEmbedding,
     initialize,
-    modulate,
-    plain_norm,
 )
+from improved_ldm.models.positions import centre_crop
 
 
 class MMDiTBlock(nn.Module):
@@ -29,19 +31,29 @@ class MMDiTBlock(nn.Module):
         mlp_ratio: width of the feed-forward over `dim`.
         qk_norm: RMS-normalise queries and keys.
         context_pre_only: the context is read but not updated (the last block).
+        dual_attention: beside the joint attention, the image tokens attend to themselves alone.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, context_pre_only: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        context_pre_only: bool,
+        dual_attention: bool = False,
+    ):
         super().__init__()
         self.context_pre_only = context_pre_only
-        self.modulation = Modulation(dim, 6)
+        self.modulation = Modulation(dim, 9 if dual_attention else 6)
         self.context_modulation = Modulation(dim, 2 if context_pre_only else 6)
-        self.norm1, self.norm1_context = plain_norm(dim), plain_norm(dim)
+        self.norm1, self.norm1_context = ModulatedNorm(dim), ModulatedNorm(dim)
         self.attn = JointAttention(dim, num_heads, qk_norm, context_pre_only)
-        self.norm2 = plain_norm(dim)
+        self.attn2 = Attention(dim, num_heads, qk_norm) if dual_attention else None
+        self.norm2 = ModulatedNorm(dim)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
         if not context_pre_only:
-            self.norm2_context = plain_norm(dim)
+            self.norm2_context = ModulatedNorm(dim)
             self.ff_context = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
 
     def forward(
@@ -52,24 +64,28 @@ class MMDiTBlock(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # (batch, tokens, dim), (batch, context, dim), (batch, dim), (batch, 1, 1, tokens + context) → both streams
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)
+        shift1, scale1, gate1, shift2, scale2, gate2, *dual = self.modulation(embedding)
         context_shift1, context_scale1, *context_rest = self.context_modulation(embedding)
 
+        block_input = hidden_states
         attended, context_attended = self.attn(
-            modulate(self.norm1(hidden_states), shift1, scale1),
-            modulate(self.norm1_context(encoder_hidden_states), context_shift1, context_scale1),
+            self.norm1(block_input, shift1, scale1),
+            self.norm1_context(encoder_hidden_states, context_shift1, context_scale1),
             attention_mask,
         )
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        hidden_states = torch.addcmul(
-            hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
-        )
+        if self.attn2 is not None:
+            dual_shift, dual_scale, dual_gate = dual
+            hidden_states = torch.addcmul(
+                hidden_states, dual_gate, self.attn2(self.norm1(block_input, dual_shift, dual_scale))
+            )
+        hidden_states = torch.addcmul(hidden_states, gate2, self.ff(self.norm2(hidden_states, shift2, scale2)))
         if self.context_pre_only:
             return hidden_states, encoder_hidden_states
 
         context_gate1, context_shift2, context_scale2, context_gate2 = context_rest
         context = torch.addcmul(encoder_hidden_states, context_gate1, context_attended)
-        modulated = modulate(self.norm2_context(context), context_shift2, context_scale2)
+        modulated = self.norm2_context(context, context_shift2, context_scale2)
         return hidden_states, torch.addcmul(context, context_gate2, self.ff_context(modulated))
 
 
@@ -79,7 +95,7 @@ TransformerBlockRegistry.register(
 )
 
 
-class MMDiTDenoiser(Denoiser):
+class MMDiTDenoiser(PatchDenoiser):
     """mmDiT with text or classes, disentangled or as published.
 
     Args:
@@ -101,7 +117,11 @@ class MMDiTDenoiser(Denoiser):
         control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
         control_power: α of the cosine ramp.
         num_train_timesteps: T.
-        position_extent: coordinates that the longer side of the grid spans; default: its patches at training.
+        position_extent: coordinates that a side of the grid, or of the table, spans; default: the grid's patches at
+            training.
+        position_table_size: positions a side of a table whose centre a grid takes, as in Stable Diffusion 3; by
+            default every grid spans the whole extent.
+        dual_attention_layers: blocks whose image tokens also attend to themselves alone, as in Stable Diffusion 3.5.
 
     Raises:
         ValueError: for sizes that do not divide, or a model without context.
@@ -120,7 +140,7 @@ class MMDiTDenoiser(Denoiser):
         out_channels: int = 4,
         patch_size: int = 2,
         hidden_size: int = 1152,
-        num_layers: int = 18,
+        num_layers: int = 15,
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
@@ -133,6 +153,8 @@ class MMDiTDenoiser(Denoiser):
         control_power: float = 1.0,
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
+        position_table_size: int | None = None,
+        dual_attention_layers: tuple[int, ...] = (),
     ):
         super().__init__()
         self.check_sizes()
@@ -142,12 +164,30 @@ class MMDiTDenoiser(Denoiser):
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.register_positions()
         self.transformer_blocks = nn.ModuleList(
-            MMDiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm, context_pre_only=i == num_layers - 1)
+            MMDiTBlock(
+                hidden_size,
+                num_attention_heads,
+                mlp_ratio,
+                qk_norm,
+                context_pre_only=i == num_layers - 1,
+                dual_attention=i in dual_attention_layers,
+            )
             for i in range(num_layers)
         )
         self.output_layer = OutputLayer(hidden_size, patch_size, out_channels)
         self.gradient_checkpointing = False
         initialize(self)
+
+    def register_positions(self):
+        """Keep the position embeddings of the table, where there is one, or of the configured latent size."""
+        side = self.config.position_table_size or self.config.sample_size // self.config.patch_size
+        self.register_buffer("positions", self.computed_positions(side, side))
+
+    def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings (rows · columns, dim) of a grid of patches."""
+        if self.config.position_table_size is None:
+            return super().positions_for(grid)
+        return centre_crop(self.positions, *grid).to(self.patch_embedding.proj.weight.dtype)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -163,17 +203,13 @@ class MMDiTDenoiser(Denoiser):
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the objective's target; arguments and result as `Denoiser` says."""
-        conditions = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "class_labels": class_labels,
-            "control": control,
-            "pooled_projections": pooled_projections,
-        }
-        grid = self.check_inputs(hidden_states, **conditions)  # (rows, columns) of patches
+        conditions = Conditioning(
+            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
+        )
+        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, **conditions)
+        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)
         hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)

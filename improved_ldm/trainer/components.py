@@ -97,16 +97,18 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         "conditioning": config.denoiser.conditioning,
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,
-        "qk_norm": config.denoiser.qk_norm,
         **conditions,
     }
     known = inspect.signature(denoiser_class(config.denoiser.name)).parameters
-    for option in config.denoiser.options:
+    options = dict(config.denoiser.options)
+    if "qk_norm" in known and config.denoiser.conditioning == "disentangled":
+        options.setdefault("qk_norm", True)
+    for option in options:
         if option in arguments or option not in known:
             valid = ", ".join(sorted(known.keys() - arguments.keys()))
             raise ValueError(f"`denoiser.options` has {option!r}; it may have {valid}.")
-    denoiser = make_denoiser(config.denoiser.name, config.denoiser.size, **arguments, **config.denoiser.options)
-    multiple = factor * denoiser.config.patch_size
+    denoiser = make_denoiser(config.denoiser.name, config.denoiser.size, **arguments, **options)
+    multiple = factor * denoiser.patch_size
     if config.transform.resolution % multiple:
         raise ValueError(
             f"`transform.resolution` is {config.transform.resolution}; it must be a multiple of {multiple} pixels."

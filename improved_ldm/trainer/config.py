@@ -15,7 +15,7 @@ from improved_ldm.conditioning.control import ControlWeight
 from improved_ldm.conditioning.text import TextPadding
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction
-from improved_ldm.models.denoiser import ConditioningMode
+from improved_ldm.models.trunk import ConditioningMode
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
@@ -119,8 +119,8 @@ class DenoiserConfig(Section):
         conditioning: `disentangled` or `published`.
         control_weight: kind of γ_c.
         control_power: α of the cosine ramp.
-        qk_norm: RMS-normalise queries and keys.
-        options: further constructor arguments of the backbone; they win over the size's.
+        options: further constructor arguments of the backbone; they win over the size's. `qk_norm`, where the backbone
+            has it, is true by default in the disentangled mode.
     """
 
     name: str = "dit"
@@ -128,7 +128,6 @@ class DenoiserConfig(Section):
     conditioning: ConditioningMode = "disentangled"
     control_weight: ControlWeight = "cosine"
     control_power: float = Field(1.0, gt=0)
-    qk_norm: bool = True
     options: dict[str, Any] = {}
 
 

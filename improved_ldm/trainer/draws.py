@@ -8,7 +8,7 @@ from improved_ldm.trainer.config import TrainingConfig
 
 
 class StepDraws:
-    """Timesteps, noise and dropout of one step on one process.
+    """Timesteps, noise, dropout and masks of one step on one process.
 
     Every purpose has a stream of its own that is read in the order of the images, so on a CPU splitting a batch into
     micro-batches changes nothing; a GPU draws other noise for other splits.
@@ -33,7 +33,10 @@ class StepDraws:
         dropout = torch.rand(images, 2, generator=stream(1), device=device)
         self._drops_semantic = dropout[:, 0] < config.semantic_dropout
         self._drops_control = dropout[:, 1] < config.control_dropout
-        self._noise, self.text_noise = stream(2), stream(3)
+        self._noise, self.text_noise, self.masks = stream(2), stream(3), stream(4)
+        self.mask_level = torch.rand(
+            (), generator=torch.Generator().manual_seed(derive_seed(seed, step, rank, 5))
+        ).item()
         self._batch_size = config.batch_size
 
     def noise_like(self, latents: torch.Tensor) -> torch.Tensor:

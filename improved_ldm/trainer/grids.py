@@ -18,17 +18,17 @@ SIZE_FRACTION = 0.3
 
 def control_variants(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
     """What the columns of a grid ask for: label → control arguments of the pipeline."""
-    if not pipeline.takes_control:
-        return {"plain": {}}
     side = pipeline.config.default_original_size
     small = max(1, round(side * SIZE_FRACTION))
     crop = side * CROP_FRACTION
-    return {
+    variants = {
         "plain": {},
         "flip": {"flip": True},
         f"original_size\n{small} x {small}": {"original_size": (small, small)},
         f"crop_size\n{CROP_FRACTION:.0%}, top left": {"crops_coords_top_left": (0, 0), "crop_size": (crop, crop)},
     }
+    read = pipeline.denoiser.control_inputs
+    return {label: arguments for label, arguments in variants.items() if arguments.keys() <= read}
 
 
 def draw_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, file: Path):

@@ -157,9 +157,14 @@ def batch_loss(
         raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
     conditions = conditions.dropped(no_semantic, no_control, inner.config.num_classes)
     noisy = objective.add_noise(batch.latents, noise, timestep)
-    with accelerator.autocast():
-        prediction = denoiser(noisy, timestep, **conditions.kwargs(), return_dict=False)[0]
-    return objective_loss(objective, prediction, objective.target(batch.latents, noise, timestep), timestep)
+    target = objective.target(batch.latents, noise, timestep)
+    passes = inner.training_passes(noisy, draws.mask_level, draws.masks)
+    loss = 0.0
+    for further in passes:
+        with accelerator.autocast():
+            prediction = denoiser(noisy, timestep, **conditions.kwargs(), **further, return_dict=False)[0]
+        loss = loss + objective_loss(objective, prediction, target, timestep) / len(passes)
+    return loss
 
 
 def batch_conditions(batch: EncodedBatch, text: TextConfig, generator: torch.Generator) -> Conditioning:

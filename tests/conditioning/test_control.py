@@ -13,6 +13,8 @@ from improved_ldm.conditioning.control import (
     high_level_variables,
     low_level_variables,
     null_control,
+    pixart_sizes,
+    sdxl_sizes,
 )
 
 POWER = st.floats(0.05, 20)
@@ -151,6 +153,42 @@ def test_every_column_reaches_the_variables(column):
     high, low = (torch.equal(f(row), f(other)) for f in (high_level_variables, low_level_variables))
     assert not (high and low)
     assert low == (column > 1)
+
+
+@given(controls())
+def test_sdxl_sizes_tell_the_image_the_corner_and_the_target(control):
+    original, corner, target = sdxl_sizes(control_tensor([control]))[0].double().view(3, 2)
+    assert original.tolist() == pytest.approx(control.original_size)
+    assert target.tolist() == pytest.approx(control.target_size)
+    for side in range(2):  # in pixels of the target's scale
+        scale = control.target_size[side] / control.crop_size[side]
+        assert corner[side].item() == pytest.approx(control.crops_coords_top_left[side] * scale, rel=1e-5)
+
+
+def test_sdxl_sizes_of_a_crop_without_scaling_are_its_own_numbers():
+    control = Control((512, 768), (16, 40), (256, 384), (256, 384), flip=True)
+    assert sdxl_sizes(control_tensor([control])).tolist() == [[512, 768, 16, 40, 256, 384]]
+
+
+def test_sdxl_sizes_count_the_corner_at_the_scale_of_the_target():
+    control = Control((512, 768), (16, 40), (256, 384), (128, 96))
+    assert sdxl_sizes(control_tensor([control])).tolist() == [[512, 768, 8, 10, 128, 96]]
+
+
+@given(controls())
+def test_pixart_sizes_are_the_target_and_its_height_over_width(control):
+    height, width = control.target_size
+    sizes = pixart_sizes(control_tensor([control]))[0]
+    assert sizes.tolist() == pytest.approx([height, width, height / width])
+
+
+@pytest.mark.parametrize(("sizes", "number"), [(sdxl_sizes, 6), (pixart_sizes, 3)], ids=["sdxl", "pixart"])
+def test_published_sizes_of_a_null_row_are_zero(sizes, number):
+    rows = sizes(torch.cat([null_control(1), control_tensor([WHOLE])]))
+    assert rows.shape == (2, number) and rows.dtype == torch.float32
+    assert rows[0].tolist() == [0] * number
+    assert_close(rows[1:], sizes(control_tensor([WHOLE])), rtol=0, atol=0)
+    assert (rows[1] > 0).all()
 
 
 def embedding(randomize, weight="cosine"):

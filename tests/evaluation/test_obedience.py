@@ -30,8 +30,8 @@ def untrained() -> ImprovedLDMPipeline:
         torch.nn.init.normal_(parameter, std=0.05)
     pipeline = ImprovedLDMPipeline(
         load_autoencoder(AutoencoderConfig()),
-        denoiser,
         make_objective("flow").sampling_scheduler(),
+        denoiser,
         default_original_size=28,
         default_guidance_scale=2.0,
         default_num_inference_steps=2,

@@ -7,8 +7,9 @@ from improved_ldm.conditioning.control import Control, control_tensor, null_cont
 from improved_ldm.models.presets import DENOISERS
 
 NUM_CLASSES, TEXT_DIM, POOLED_DIM, TEXT_TOKENS = 5, 12, 10, 3
+MODES = ("disentangled", "published")
 SEMANTIC = {
-    "class": {"num_classes": NUM_CLASSES},
+    "class": {"num_classes": NUM_CLASSES, "num_class_tokens": 2},  # attention to one token trains no query
     "text": {"text_dim": TEXT_DIM, "pooled_dim": POOLED_DIM},
 }
 
@@ -18,30 +19,73 @@ def semantic_config(name, conditioning, semantic):
     return {key: dim for key, dim in SEMANTIC[semantic].items() if semantic == "class" or key in arguments}
 
 
-def case_id(case):
-    return "-".join(case)
+def config_of(name, conditioning, semantic, **config):
+    return {"conditioning": conditioning, **semantic_config(name, conditioning, semantic), **config}
 
 
-CASES = list(product(DENOISERS, ["disentangled", "published"], ["class", "text"]))
+# every backbone, in every mode, with every semantic condition
+CASES = {"-".join(case): (case[0], config_of(*case)) for case in product(DENOISERS, MODES, SEMANTIC)}
+# and what single published models have beside
+CASES |= {
+    "unet-published-text-without_sizes": ("unet", config_of("unet", "published", "text", size_features=0)),
+    "dit-published-class-trunk_per_block": (
+        "dit",
+        config_of("dit", "published", "class", trunk_per_block=True, norm_eps=1e-5, downscale_freq_shift=1.0),
+    ),
+    "pixart-published-text-sizes": (
+        "pixart",
+        config_of("pixart", "published", "text", size_conditions=True, hidden_size=48),
+    ),
+    "mmdit-published-text-table_and_dual": (
+        "mmdit",
+        config_of("mmdit", "published", "text", position_table_size=6, dual_attention_layers=(0,), qk_norm=True),
+    ),
+}
 
 
-@pytest.fixture(params=CASES, ids=case_id)
-def denoiser(request, tiny_denoiser):
-    """Every backbone, in every mode, with every semantic condition, randomised."""
-    name, conditioning, _ = request.param
-    return tiny_denoiser(name, conditioning=conditioning, **semantic_config(*request.param))
+def cases(condition):
+    """Ids of the cases whose name and config meet a condition."""
+    return [case for case, (name, config) in CASES.items() if condition(name, config)]
 
 
-@pytest.fixture(params=[case for case in CASES if case[1] == "disentangled"], ids=case_id)
-def disentangled(request, tiny_denoiser):
-    return tiny_denoiser(request.param[0], **semantic_config(*request.param))
+@pytest.fixture
+def make_case(tiny_denoiser):
+    """Builds the randomised denoiser of a case."""
+
+    def build(case):
+        name, config = CASES[case]
+        return tiny_denoiser(name, **config)
+
+    return build
 
 
-@pytest.fixture(params=[case for case in CASES if "text_dim" in semantic_config(*case)], ids=case_id)
-def text_denoiser(request, tiny_denoiser):
+@pytest.fixture(params=CASES)
+def denoiser(request, make_case):
+    """Every case."""
+    return make_case(request.param)
+
+
+@pytest.fixture(params=cases(lambda name, config: name != "unet"))
+def patch_denoiser(request, make_case):
+    """The denoisers over patches: all but the UNet."""
+    return make_case(request.param)
+
+
+@pytest.fixture(params=cases(lambda name, config: name in ("dit", "pixart", "mmdit")))
+def plain_stack(request, make_case):
+    """The denoisers whose blocks are one stack: no skip connection joins them, as in the UNet and in mDT."""
+    return make_case(request.param)
+
+
+@pytest.fixture(params=cases(lambda name, config: config["conditioning"] == "disentangled"))
+def disentangled(request, make_case):
+    return make_case(request.param)
+
+
+@pytest.fixture(params=cases(lambda name, config: "text_dim" in config))
+def text_denoiser(request, make_case):
     """The denoisers that attend to text."""
-    name, conditioning, _ = request.param
-    return tiny_denoiser(name, conditioning=conditioning, **semantic_config(*request.param))
+    return make_case(request.param)
 
 
 @pytest.fixture
@@ -78,3 +122,11 @@ def null_conditions():
         return {name: value for name, value in conditions.items() if name in denoiser.inputs}
 
     return build
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that was compiled before counts towards a limit."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,14 +1,19 @@
 """The contract that every denoiser keeps, in every mode."""
 
+import json
+
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention as UNetAttention
 from peft import LoraConfig
 from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import Control, control_tensor
+from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.unet import UNetDenoiser
 
 LORA = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "class_labels", "control")
@@ -34,8 +39,9 @@ def test_output_has_the_size_of_the_latents(denoiser, make_inputs, size):
     assert sample.isfinite().all()
 
 
-def test_output_has_the_configured_channels(tiny_denoiser, make_inputs):
-    model = tiny_denoiser(num_classes=5, in_channels=3, out_channels=6)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_output_has_the_configured_channels(tiny_denoiser, make_inputs, name):
+    model = tiny_denoiser(name, num_classes=5, in_channels=3, out_channels=6)
     assert run(model, make_inputs(model)).shape == (2, 6, 4, 4)
 
 
@@ -44,9 +50,19 @@ def test_a_tuple_is_returned_on_request(denoiser, make_inputs):
     exactly(denoiser(**inputs, return_dict=False)[0], denoiser(**inputs).sample)
 
 
-def test_latents_that_do_not_divide_into_patches_are_an_error(denoiser, make_inputs):
+@pytest.mark.parametrize("size", [(5, 7), (1, 6), (3, 3), (9, 2)])
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])
+def test_a_unet_takes_every_size(tiny_denoiser, make_inputs, conditioning, size):
+    model = tiny_denoiser("unet", conditioning=conditioning, num_classes=5)
+    assert model.patch_size == 1
+    sample = run(model, make_inputs(model, size=size))
+    assert sample.shape == (2, 4, *size)
+    assert sample.isfinite().all()
+
+
+def test_latents_that_do_not_divide_into_patches_are_an_error(patch_denoiser, make_inputs):
     with pytest.raises(ValueError, match=r"5x5 latent pixels.*patch size 2"):
-        denoiser(**make_inputs(denoiser, size=(5, 5)))
+        patch_denoiser(**make_inputs(patch_denoiser, size=(5, 5)))
 
 
 def test_rows_of_a_batch_do_not_mix(denoiser, make_inputs):
@@ -70,7 +86,7 @@ def test_every_input_that_is_read_reaches_the_output(denoiser, make_inputs):
     if "class_labels" in inputs:
         others["class_labels"] = inputs["class_labels"] + 1
     if "control" in inputs:
-        others["control"] = control_tensor([Control.of_whole_image((64, 64), (32, 32), flip=True)] * 2)
+        others["control"] = control_tensor([Control.of_whole_image((64, 64), (48, 32), flip=True)] * 2)
     plain = run(denoiser, inputs)
     for name, value in others.items():
         assert differ(run(denoiser, inputs, **{name: value}), plain), name
@@ -83,8 +99,9 @@ def test_conditions_that_are_not_read_are_an_error(denoiser, make_inputs):
             denoiser(**inputs, **{name: torch.ones(2, 1, dtype=torch.long)})
 
 
-def test_only_the_disentangled_mode_reads_control(denoiser):
-    assert ("control" in denoiser.inputs) == (denoiser.config.conditioning == "disentangled")
+def test_control_is_read_when_disentangled_and_by_published_models_with_sizes(denoiser):
+    sizes = denoiser.config.get("size_features", 0) > 0 or denoiser.config.get("size_conditions", False)
+    assert ("control" in denoiser.inputs) == (denoiser.config.conditioning == "disentangled" or sizes)
 
 
 def test_conditions_that_are_missing_are_null(denoiser, make_inputs, null_conditions):
@@ -109,10 +126,10 @@ def test_each_null_is_a_choice_of_its_row(denoiser, make_inputs, null_conditions
 def test_semantics_stay_out_of_the_embedding_when_disentangled(disentangled, make_inputs):
     def embedding(seed):
         inputs = make_inputs(disentangled, seed=seed)
-        conditions = {name: inputs.get(name) for name in (*CONDITIONS, "encoder_attention_mask")}
-        if conditions["class_labels"] is not None:
+        conditions = {name: inputs[name] for name in CONDITIONS if name in inputs}
+        if "class_labels" in conditions:
             conditions["class_labels"] = conditions["class_labels"] + seed
-        return disentangled.trunk(inputs["hidden_states"], inputs["timestep"], **conditions)[0]
+        return disentangled.trunk(inputs["hidden_states"], inputs["timestep"], Conditioning(**conditions))[0]
 
     exactly(embedding(1), embedding(2))
 
@@ -131,9 +148,10 @@ def test_original_size_is_not_seen_in_pure_noise(disentangled, make_inputs):
     )
 
 
+@pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "zero"])
-def test_the_control_weight_of_the_config_is_used(tiny_denoiser, make_inputs, kind):
-    model = tiny_denoiser(num_classes=5, control_weight=kind)
+def test_the_control_weight_of_the_config_is_used(tiny_denoiser, make_inputs, name, kind):
+    model = tiny_denoiser(name, num_classes=5, control_weight=kind)
     inputs = {**make_inputs(model), "timestep": torch.full((2,), 500.0)}
     change = run(model, inputs, control=control_tensor([Control((80, 120), (0, 40), (80, 80), (32, 32))] * 2))
     assert differ(change, run(model, inputs)) == (kind != "zero")
@@ -166,24 +184,34 @@ def test_a_full_mask_is_no_mask(text_denoiser, make_inputs):
     assert_close(run(text_denoiser, inputs, encoder_attention_mask=mask), run(text_denoiser, inputs))
 
 
-def test_a_fresh_denoiser_predicts_zero():
-    for cls in DENOISERS.values():
-        model = cls(sample_size=4, hidden_size=32, num_layers=1, num_attention_heads=2, num_classes=5)
-        sample = model(torch.randn(2, 4, 4, 4), torch.tensor([1, 999])).sample
-        exactly(sample, torch.zeros(2, 4, 4, 4))
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])
+def test_a_fresh_denoiser_predicts_zero(fresh_denoiser, make_inputs, name, conditioning):
+    model = fresh_denoiser(name, num_classes=5, conditioning=conditioning)
+    exactly(run(model, make_inputs(model)), torch.zeros(2, 4, 4, 4))
+
+
+def passes(model, inputs, level=0.5):
+    """The arguments of the forward passes of a training step."""
+    further = model.training_passes(inputs["hidden_states"], level, torch.Generator().manual_seed(0))
+    return [{**inputs, **arguments} for arguments in further]
 
 
 def test_every_parameter_is_trained(denoiser, make_inputs, null_conditions):
     """Conditions and their nulls together reach every parameter, with finite gradients."""
     inputs, nulls = make_inputs(denoiser), null_conditions(denoiser)
-    loss = denoiser(**inputs).sample.square().mean() + denoiser(**{**inputs, **nulls}).sample.square().mean()
-    loss.backward()
-    last = f"transformer_blocks.{denoiser.config.num_layers - 1}.attn."
+    for given in (inputs, {**inputs, **nulls}):
+        for arguments in passes(denoiser, given):
+            denoiser(**arguments).sample.square().mean().backward()
+    depth = len(getattr(denoiser, "transformer_blocks", ()))
+    last = f"transformer_blocks.{depth - 1}.attn."
     unread = {f"{last}{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")}
     for name, parameter in denoiser.named_parameters():
         if name in unread:  # the context that leaves the last block
             continue
-        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+        assert parameter.grad.isfinite().all(), name
+        # a bias of all keys alike moves no attention, unless keys are normalised
+        assert parameter.grad.abs().max() > 0 or name.endswith(".to_k.bias"), name
 
 
 def test_gradient_checkpointing_changes_no_bit(denoiser, make_inputs):
@@ -191,7 +219,7 @@ def test_gradient_checkpointing_changes_no_bit(denoiser, make_inputs):
 
     def loss_and_gradients():
         denoiser.zero_grad()
-        loss = denoiser(**inputs).sample.square().mean()
+        loss = sum(denoiser(**arguments).sample.square().mean() for arguments in passes(denoiser, inputs))
         loss.backward()
         return loss, [parameter.grad.clone() for parameter in denoiser.parameters() if parameter.grad is not None]
 
@@ -204,12 +232,24 @@ def test_gradient_checkpointing_changes_no_bit(denoiser, make_inputs):
     exactly(checkpointed_gradients, gradients)
 
 
-def test_forward_compiles_as_one_graph(disentangled, make_inputs):
-    inputs = make_inputs(disentangled)
-    compiled = torch.compile(disentangled, fullgraph=True, backend="eager")
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_forward_compiles_as_one_graph(fresh_compiler, tiny_denoiser, make_inputs, name, conditioning):
+    model = tiny_denoiser(name, conditioning=conditioning, num_classes=5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    inputs = make_inputs(model)
     with torch.no_grad():
-        assert_close(compiled(**inputs, return_dict=False)[0], run(disentangled, inputs))
-    torch.compiler.reset()
+        assert_close(compiled(**inputs, return_dict=False)[0], run(model, inputs))
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_blocks_compile_as_one_graph_each(fresh_compiler, tiny_denoiser, make_inputs, name):
+    model = tiny_denoiser(name, text_dim=12)
+    inputs = make_inputs(model)
+    inputs["encoder_attention_mask"] = torch.tensor([[True, True, False]] * 2)
+    plain = run(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert_close(run(model, inputs), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -229,7 +269,10 @@ def test_saved_weights_load_bit_for_bit(denoiser, make_inputs, tmp_path):
     denoiser.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     loaded = type(denoiser).from_pretrained(tmp_path)
-    assert dict(loaded.config)["hidden_size"] == 32 and loaded.inputs == denoiser.inputs
+    assert loaded.inputs == denoiser.inputs
+    assert json.loads(loaded.to_json_string()) == json.loads(denoiser.to_json_string()) | {
+        "_name_or_path": str(tmp_path)
+    }
     inputs = make_inputs(denoiser)
     exactly(run(loaded, inputs), run(denoiser, inputs))
 
@@ -276,17 +319,18 @@ def test_attention_backends_of_diffusers_are_taken(denoiser, make_inputs):
 
 
 def test_attention_processors_are_listed(denoiser):
-    attentions = [module for module in denoiser.modules() if isinstance(module, AttentionModuleMixin)]
+    kind = UNetAttention if isinstance(denoiser, UNetDenoiser) else AttentionModuleMixin
+    attentions = [module for module in denoiser.modules() if isinstance(module, kind)]
     assert len(denoiser.attn_processors) == len(attentions) > 0
 
 
-def test_the_first_block_cache_of_diffusers_skips_blocks_that_hardly_change(denoiser, make_inputs):
-    inputs, evaluations = make_inputs(denoiser), []
-    denoiser.transformer_blocks[-1].ff.register_forward_hook(lambda *_: evaluations.append(1))
-    plain = run(denoiser, inputs)
-    denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    with denoiser.cache_context("test"):
-        first, second = run(denoiser, inputs), run(denoiser, inputs)
+def test_the_first_block_cache_of_diffusers_skips_blocks_that_hardly_change(plain_stack, make_inputs):
+    inputs, evaluations = make_inputs(plain_stack), []
+    plain_stack.transformer_blocks[-1].ff.register_forward_hook(lambda *_: evaluations.append(1))
+    plain = run(plain_stack, inputs)
+    plain_stack.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with plain_stack.cache_context("test"):
+        first, second = run(plain_stack, inputs), run(plain_stack, inputs)
     assert_close(first, plain)
     assert_close(second, plain, rtol=1e-4, atol=1e-5)
     assert len(evaluations) == 2
@@ -297,53 +341,102 @@ def test_layerwise_casting_keeps_the_output_finite(denoiser, make_inputs):
     assert run(denoiser, make_inputs(denoiser)).isfinite().all()
 
 
-def test_a_denser_grid_keeps_the_coordinates(tiny_denoiser):
-    model = tiny_denoiser(num_classes=5)
-    dense = model.positions_for((4, 4)).view(4, 4, -1)
-    assert_close(dense[::2, ::2].flatten(0, 1), model.positions, rtol=0, atol=1e-6)
+FIXED_POSITIONS = pytest.mark.parametrize("name", ["dit", "pixart", "mmdit"])  # mDT learns them, a UNet has none
 
 
-def test_the_extent_of_the_config_sets_the_coordinates(tiny_denoiser):
-    wide = tiny_denoiser(num_classes=5, position_extent=4)
-    same = tiny_denoiser(num_classes=5, sample_size=8)
+@FIXED_POSITIONS
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 6), (8, 2)])
+def test_a_denser_grid_keeps_the_coordinates(tiny_denoiser, name, rows, columns):
+    model = tiny_denoiser(name, num_classes=5)
+    dense = model.positions_for((rows, columns)).view(rows, columns, -1)
+    assert_close(dense[:: rows // 2, :: columns // 2].flatten(0, 1), model.positions, rtol=0, atol=1e-6)
+
+
+@FIXED_POSITIONS
+def test_the_extent_of_the_config_sets_the_coordinates(tiny_denoiser, name):
+    wide = tiny_denoiser(name, num_classes=5, position_extent=4)
+    same = tiny_denoiser(name, num_classes=5, sample_size=8)
     exactly(wide.positions_for((4, 4)), same.positions)
 
 
-@pytest.mark.parametrize("name", DENOISERS)
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"num_classes": 5, "hidden_size": 32, "num_attention_heads": 3}, "32 must be divisible by.* 3"),
-        ({"num_classes": 5, "hidden_size": 30, "num_attention_heads": 3}, "30 must be divisible by 4"),
-        ({"num_classes": 5, "sample_size": 5}, "sample_size"),
-        ({"num_classes": 5, "text_dim": 8}, "both set"),
-        ({"text_dim": 8, "pooled_dim": 8}, "pooled_dim"),
-        ({"num_classes": 5, "conditioning": "entangled"}, "'entangled'"),
-        ({"num_classes": 5, "control_weight": "sine"}, "'sine'"),
-    ],
-)
-def test_contradictory_configs_are_errors(tiny_denoiser, name, config, message):
+@FIXED_POSITIONS
+def test_positions_travel_with_the_weights(tiny_denoiser, make_inputs, tmp_path, name):
+    model = tiny_denoiser(name, num_classes=5)
+    model.positions += 1
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    exactly(loaded.positions, model.positions)
+    exactly(run(loaded, make_inputs(model)), run(model, make_inputs(model)))
+
+
+CONTRADICTIONS = {
+    "both_semantics": ({"num_classes": 5, "text_dim": 8}, "both set"),
+    "unknown_mode": ({"num_classes": 5, "conditioning": "entangled"}, "'entangled'"),
+    "unknown_weight": ({"num_classes": 5, "control_weight": "sine"}, "'sine'"),
+}
+PATCH_CONTRADICTIONS = {
+    "heads": ({"num_classes": 5, "hidden_size": 32, "num_attention_heads": 3}, "32 must be divisible by.* 3"),
+    "positions": ({"num_classes": 5, "hidden_size": 30, "num_attention_heads": 3}, "30 must be divisible by 4"),
+    "patches": ({"num_classes": 5, "sample_size": 5}, "`sample_size` 5"),
+}
+POOLED = {"pooled_when_disentangled": ({"text_dim": 8, "pooled_dim": 8}, "pooled_dim")}
+WITHOUT_TOKENS = {"text_in_no_tokens": ({"conditioning": "published", "text_dim": 8}, "`text_dim`")}
+NO_SEMANTICS = {"no_semantics": ({}, "set `num_classes` or `text_dim`")}
+BAD_CONFIGS = {
+    "unet": CONTRADICTIONS | POOLED | NO_SEMANTICS,
+    "dit": CONTRADICTIONS | PATCH_CONTRADICTIONS | POOLED | WITHOUT_TOKENS,
+    "mdt": CONTRADICTIONS
+    | PATCH_CONTRADICTIONS
+    | POOLED
+    | WITHOUT_TOKENS
+    | {
+        "odd_encoder": ({"num_layers": 5, "num_decoder_layers": 2}, "5 less `num_decoder_layers` 2"),
+        "large_decoder": ({"num_layers": 2, "num_decoder_layers": 4}, "2 less `num_decoder_layers` 4"),
+        "negative_mask": ({"mask_ratio": -0.1}, "`mask_ratio` is -0.1"),
+        "large_mask": ({"mask_ratio": 0.8}, "`mask_ratio` is 0.8"),
+    },
+    "pixart": CONTRADICTIONS
+    | PATCH_CONTRADICTIONS
+    | NO_SEMANTICS
+    | {
+        "sizes_when_disentangled": (
+            {"num_classes": 5, "size_conditions": True, "hidden_size": 48},
+            "'published' mode",
+        ),
+        "three_sizes": (
+            {"num_classes": 5, "conditioning": "published", "size_conditions": True},
+            "32.*divisible by 3",
+        ),
+    },
+    "mmdit": CONTRADICTIONS | PATCH_CONTRADICTIONS | POOLED | NO_SEMANTICS,
+}
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in DENOISERS for fault in BAD_CONFIGS[name]])
+def test_contradictory_configs_are_errors(fresh_denoiser, name, fault):
+    config, message = BAD_CONFIGS[name][fault]
     with pytest.raises(ValueError, match=message):
-        tiny_denoiser(name, **config)
+        fresh_denoiser(name, **config)
 
 
-def test_published_dit_has_no_text_tokens(tiny_denoiser):
-    with pytest.raises(ValueError, match="text_dim"):
-        tiny_denoiser("dit", conditioning="published", text_dim=8)
-
-
-def test_mmdit_needs_a_context(tiny_denoiser):
-    with pytest.raises(ValueError, match="context"):
-        tiny_denoiser("mmdit")
-
-
-def test_dit_runs_without_a_semantic_condition(tiny_denoiser, make_inputs):
-    model = tiny_denoiser("dit")
+@pytest.mark.parametrize("name", ["dit", "mdt"])
+def test_a_semantic_condition_is_not_needed_where_nothing_attends_to_it(tiny_denoiser, make_inputs, name):
+    model = tiny_denoiser(name)
     assert model.inputs == {"control"}
     assert run(model, make_inputs(model)).shape == (2, 4, 4, 4)
 
 
-def test_a_class_may_give_several_tokens(tiny_denoiser, make_inputs):
-    for name in DENOISERS:
-        model = tiny_denoiser(name, num_classes=5, num_class_tokens=3)
-        assert run(model, make_inputs(model)).shape == (2, 4, 4, 4)
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("num_class_tokens", [1, 3])
+def test_a_class_may_give_several_tokens(tiny_denoiser, make_inputs, name, num_class_tokens):
+    model = tiny_denoiser(name, num_classes=5, num_class_tokens=num_class_tokens)
+    inputs = make_inputs(model)
+    assert run(model, inputs).shape == (2, 4, 4, 4)
+    tokens = model.trunk(inputs["hidden_states"], 1, Conditioning(class_labels=inputs["class_labels"]))[1]
+    assert tokens.shape[:2] == (2, num_class_tokens)
+
+
+@pytest.mark.parametrize("name", [name for name in DENOISERS if name != "mdt"])
+def test_a_training_step_is_one_plain_pass(tiny_denoiser, name):
+    model = tiny_denoiser(name, num_classes=5)
+    assert model.training_passes(torch.zeros(2, 4, 4, 4), 0.5, torch.Generator()) == [{}]

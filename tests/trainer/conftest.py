@@ -5,8 +5,20 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState, PartialState
 
+from improved_ldm.models.presets import DENOISERS
+
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 96
+TRANSFORMER = "hidden_size: 48, num_layers: 2, num_attention_heads: 2"
+UNET = (
+    "block_out_channels: [16, 32], down_block_types: [DownBlock2D, CrossAttnDownBlock2D], "
+    "up_block_types: [CrossAttnUpBlock2D, UpBlock2D], layers_per_block: 1, transformer_layers_per_block: [1, 1], "
+    "num_attention_heads: [1, 2], norm_num_groups: 8"
+)
+OPTIONS = dict.fromkeys(DENOISERS, TRANSFORMER) | {
+    "unet": UNET,
+    "mdt": "hidden_size: 48, num_layers: 4, num_decoder_layers: 2, num_attention_heads: 2",
+}
 
 
 def load_script(name: str):
@@ -50,7 +62,7 @@ def arguments(images, tmp_path):
             "training.checkpoint_every": 2,
             "training.trackers": "[]",
             "training.cpu_threads": 1,
-            "denoiser.options": "{hidden_size: 48, num_layers: 2, num_attention_heads: 2}",
+            "denoiser.options": f"{{{OPTIONS[overrides.get('denoiser.name', 'dit')]}}}",
             "sampling.num_inference_steps": 2,
             "evaluation.judge": "null",
         } | overrides

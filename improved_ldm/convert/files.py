@@ -1,0 +1,74 @@
+"""Downloaded checkpoints: a file, or a folder of diffusers."""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from improved_ldm.convert.mapping import StateDict
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+WRAPPERS = ("ema", "state_dict_ema", "state_dict", "model")  # what training scripts put weights under, best first
+MODEL_PREFIX = "model.diffusion_model."  # of the denoiser in a file that holds the autoencoder and more
+
+
+def read_checkpoint(place: Path) -> tuple[StateDict, dict[str, Any]]:
+    """The weights of a checkpoint, and its configuration where a `config.json` lies beside them.
+
+    Args:
+        place: a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file, or a folder with one, or several, of a kind.
+
+    Returns:
+        The state dict on the CPU, and the configuration or an empty one.
+
+    Raises:
+        ValueError: for a place without weights, or a file that holds more than weights.
+    """
+    folder = place if place.is_dir() else place.parent
+    files = _weight_files(place)
+    state_dict = {name: tensor for file in files for name, tensor in _read_file(file).items()}
+    if any(name.startswith(MODEL_PREFIX) for name in state_dict):
+        state_dict = {
+            name.removeprefix(MODEL_PREFIX): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(MODEL_PREFIX)
+        }
+    config = folder / "config.json"
+    return state_dict, json.loads(config.read_text()) if config.is_file() else {}
+
+
+def _weight_files(place: Path) -> list[Path]:
+    """The one file of weights, or the shards that a folder's index names."""
+    if place.is_file():
+        return [place]
+    suffixes = (".safetensors", *PICKLES)
+    files = sorted(file for suffix in suffixes for file in place.glob(f"diffusion_pytorch_model{suffix}"))
+    if files:
+        return files[:1]
+    if indices := sorted(place.glob("diffusion_pytorch_model.*.index.json")):
+        shards = json.loads(indices[0].read_text())["weight_map"].values()
+        return [place / shard for shard in sorted(set(shards))]
+    files = sorted(file for file in place.glob("*") if file.suffix in suffixes)
+    if len(files) != 1:
+        raise ValueError(f"{str(place)!r} holds {len(files)} files of weights ({', '.join(suffixes)}); give the file.")
+    return files
+
+
+def _read_file(file: Path) -> StateDict:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.suffix not in PICKLES:
+        raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(PICKLES)}.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints have their arguments in
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{str(file)!r} holds more than weights, which may be harmful; it is not read.") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return content

@@ -1,0 +1,160 @@
+"""Rules that say which published tensors and which of ours hold the same numbers; each is read in both directions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Tensors = list[torch.Tensor]
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Published tensors and ours that hold the same numbers.
+
+    Args:
+        published: names in the published model.
+        ours: names in the denoiser.
+        to_ours: tensors of `published` → tensors of `ours`.
+        to_published: the inverse.
+    """
+
+    published: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    to_published: Callable[[Tensors], Tensors] = lambda tensors: tensors
+
+
+def same(published: str, ours: str) -> Rule:
+    """One tensor under two names."""
+    return Rule((published,), (ours,))
+
+
+def layer(published: str, ours: str) -> list[Rule]:
+    """Weight and bias of a linear layer or a convolution."""
+    return [same(f"{published}.{part}", f"{ours}.{part}") for part in ("weight", "bias")]
+
+
+def mlp(published: str, ours: str, names: tuple[str, str] = ("0", "2")) -> list[Rule]:
+    """Two linear layers, `names` in the published model, `linear_1` and `linear_2` here."""
+    return [
+        *layer(f"{published}.{names[0]}", f"{ours}.linear_1"),
+        *layer(f"{published}.{names[1]}", f"{ours}.linear_2"),
+    ]
+
+
+def fused(published: str, ours: list[str]) -> list[Rule]:
+    """A linear layer whose output is that of several of ours, one after the other."""
+
+    def rule(part: str) -> Rule:
+        return Rule(
+            (f"{published}.{part}",),
+            tuple(f"{name}.{part}" for name in ours),
+            lambda tensors: list(tensors[0].chunk(len(ours))),
+            lambda tensors: [torch.cat(tensors)],
+        )
+
+    return [rule("weight"), rule("bias")]
+
+
+def swapped(published: str, ours: str) -> list[Rule]:
+    """A linear layer whose output gives scale and shift, where ours gives shift and scale."""
+
+    def swap(tensors: Tensors) -> Tensors:
+        return [torch.cat(tensors[0].chunk(2)[::-1])]
+
+    return [Rule((f"{published}.{part}",), (f"{ours}.{part}",), swap, swap) for part in ("weight", "bias")]
+
+
+def unsqueezed(published: str, ours: str, dims: int = 1) -> Rule:
+    """A tensor that has leading dimensions of size 1 in the published model."""
+    return Rule(
+        (published,),
+        (ours,),
+        lambda tensors: [tensors[0].reshape(tensors[0].shape[dims:])],
+        lambda tensors: [tensors[0][(None,) * dims]],
+    )
+
+
+def class_table(published: str, ours: str, num_classes: int) -> Rule:
+    """Embeddings of the classes and the null class.
+
+    A model that was published without a null class gets zeros for it; zeros are not published.
+    """
+
+    def with_null(tensors: Tensors) -> Tensors:
+        table = tensors[0]
+        return [torch.cat([table, torch.zeros_like(table[:1])]) if len(table) == num_classes else table]
+
+    def without_empty_null(tensors: Tensors) -> Tensors:
+        table = tensors[0]
+        return [table if table[-1].any() else table[:-1]]
+
+    return Rule((published,), (ours,), with_null, without_empty_null)
+
+
+def copies(rules: list[list[Rule]]) -> list[Rule]:
+    """Lists of rules of one tensor each, alike but for their published names, whose tensors are equal copies."""
+
+    def rule(alike: tuple[Rule, ...]) -> Rule:
+        published = tuple(name for rule in alike for name in rule.published)
+        return Rule(published, alike[0].ours, lambda tensors: tensors[:1], lambda tensors: tensors * len(published))
+
+    return [rule(alike) for alike in zip(*rules, strict=True)]
+
+
+def derived(published: str, value: torch.Tensor) -> Rule:
+    """A published tensor that follows from the configuration.
+
+    Raises:
+        ValueError: on import, where it differs.
+    """
+
+    def check(tensors: Tensors) -> Tensors:
+        if not torch.equal(tensors[0], value):
+            raise ValueError(f"{published!r} is not what follows from the configuration.")
+        return []
+
+    return Rule((published,), (), check, lambda _: [value])
+
+
+def to_ours(rules: list[Rule], state_dict: StateDict) -> StateDict:
+    """The denoiser's tensors, copies of the published ones.
+
+    Raises:
+        ValueError: that lists the published names that are missing and those that are left over.
+    """
+    expected = {name for rule in rules for name in rule.published}
+    missing, left_over = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
+    if missing or left_over:
+        raise ValueError(
+            f"the state dict does not fit the source: {len(missing)} keys are missing ({', '.join(missing)}), "
+            f"{len(left_over)} are left over ({', '.join(left_over)})."
+        )
+    ours = {}
+    for rule in rules:
+        tensors = rule.to_ours([state_dict[name] for name in rule.published])
+        ours |= {name: tensor.detach().clone() for name, tensor in zip(rule.ours, tensors, strict=True)}
+    return ours
+
+
+def to_published(rules: list[Rule], state_dict: StateDict) -> StateDict:
+    """The published model's tensors, copies of the denoiser's."""
+    published = {}
+    for rule in rules:
+        tensors = rule.to_published([state_dict[name] for name in rule.ours])
+        published |= {name: tensor.detach().clone() for name, tensor in zip(rule.published, tensors, strict=True)}
+    return published
+
+
+def check_shapes(rules: list[Rule], ours: StateDict, expected: StateDict):
+    """Raise a ValueError that lists, by published names, tensors whose shapes the configuration does not give."""
+    wrong = [
+        f"{', '.join(rule.published)} gives {tuple(ours[name].shape)} for {tuple(expected[name].shape)}"
+        for rule in rules
+        for name in rule.ours
+        if ours[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"the state dict does not fit the configuration: {'; '.join(wrong)}.")

@@ -1,0 +1,153 @@
+"""The sources of published weights, and the conversion from and to each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from improved_ldm.convert import diffusers_classes, official
+from improved_ldm.convert.mapping import Rule, StateDict, check_shapes, to_ours
+from improved_ldm.convert.mapping import to_published as publish
+from improved_ldm.convert.warm_start import disentangle
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.dit import DiTDenoiser
+from improved_ldm.models.layers import NORM_EPS
+from improved_ldm.models.mdt import MDTDenoiser
+from improved_ldm.models.mmdit import MMDiTDenoiser
+from improved_ldm.models.pixart import PixArtDenoiser
+from improved_ldm.models.trunk import ConditioningMode
+from improved_ldm.models.unet import UNetDenoiser
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published implementation.
+
+    Args:
+        denoiser: the class of the family.
+        config: its constructor arguments and state dict → the denoiser's constructor arguments.
+        rules: a denoiser → which tensors hold the same numbers.
+        required: values of the denoiser's config without which the implementation cannot express it.
+    """
+
+    denoiser: type[Denoiser]
+    config: Callable[[dict[str, Any], StateDict], dict[str, Any]]
+    rules: Callable[[Denoiser], list[Rule]]
+    required: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLAIN_DIT = {"norm_eps": NORM_EPS, "downscale_freq_shift": 0.0, "trunk_per_block": False, "qk_norm": False}
+SD3 = Source(MMDiTDenoiser, official.sd3_config, official.sd3_rules, {"num_classes": None})
+SOURCES = {
+    "facebookresearch/DiT": Source(
+        DiTDenoiser, official.dit_config, official.dit_rules, {**PLAIN_DIT, "pooled_dim": None}
+    ),
+    "sail-sg/MDT": Source(
+        MDTDenoiser, official.mdt_config, official.mdt_rules, {"qk_norm": False, "pooled_dim": None}
+    ),
+    "PixArt-alpha/PixArt-alpha": Source(
+        PixArtDenoiser, official.pixart_config, official.pixart_rules, {"qk_norm": False, "num_classes": None}
+    ),
+    "Stability-AI/sd3": SD3,
+    "Stability-AI/sd3.5": SD3,
+}
+DIFFUSERS = {
+    "DiTTransformer2DModel": Source(
+        DiTDenoiser,
+        diffusers_classes.dit_config,
+        diffusers_classes.dit_rules,
+        {"downscale_freq_shift": 1.0, "qk_norm": False, "mlp_ratio": 4.0, "pooled_dim": None},
+    ),
+    "PixArtTransformer2DModel": Source(
+        PixArtDenoiser,
+        diffusers_classes.pixart_config,
+        diffusers_classes.pixart_rules,
+        {"qk_norm": False, "mlp_ratio": 4.0, "num_classes": None},
+    ),
+    "SD3Transformer2DModel": Source(
+        MMDiTDenoiser,
+        diffusers_classes.sd3_config,
+        diffusers_classes.sd3_rules,
+        {"mlp_ratio": 4.0, "num_classes": None},
+    ),
+    "UNet2DConditionModel": Source(
+        UNetDenoiser, diffusers_classes.unet_config, diffusers_classes.unet_rules, {"num_classes": None}
+    ),
+}
+
+
+def from_published(
+    source: str,
+    state_dict: StateDict,
+    config: dict[str, Any] | None = None,
+    conditioning: ConditioningMode = "published",
+) -> Denoiser:
+    """A denoiser with published weights.
+
+    In the published mode it predicts what the published model predicts. In the disentangled mode every weight that has
+    a place is carried over and what is new starts at zero, as `disentangle` says; what is new and what is dropped is
+    logged.
+
+    Args:
+        source: a key of `SOURCES`, or `diffusers`.
+        state_dict: the published weights; they are copied.
+        config: the source's own constructor arguments, its defaults where they are left out; for `diffusers` with
+            `_class_name`.
+        conditioning: `published` or `disentangled`.
+
+    Returns:
+        The denoiser, in evaluation mode and in the dtype of the weights.
+
+    Raises:
+        ValueError: for an unknown source, an argument that does not convert, or keys that are missing or left over.
+    """
+    if conditioning not in ("published", "disentangled"):
+        raise ValueError(f"`conditioning` is {conditioning!r}; it must be 'published' or 'disentangled'.")
+    config = dict(config or {})
+    entry = _source(source, config.get("_class_name"))
+    denoiser = entry.denoiser(**entry.config(config, state_dict), conditioning="published")
+    rules = entry.rules(denoiser)
+    ours = to_ours(rules, state_dict)
+    check_shapes(rules, ours, denoiser.state_dict())
+    denoiser.type(ours["trunk.time_embedding.linear_1.weight"].dtype)
+    denoiser.load_state_dict(ours, strict=False, assign=True)  # keeps each tensor's dtype
+    denoiser.eval()
+    return denoiser if conditioning == "published" else disentangle(denoiser)[0]
+
+
+def to_published(source: str, denoiser: Denoiser) -> StateDict:
+    """The state dict that a published implementation loads.
+
+    What the implementation has no place for, a learned null text, is left out.
+
+    Args:
+        source: a key of `SOURCES`, or `diffusers`.
+        denoiser: in the published mode.
+
+    Raises:
+        ValueError: for a denoiser that the source cannot express.
+    """
+    class_name = None
+    if source == "diffusers":
+        class_name = next((name for name, entry in DIFFUSERS.items() if type(denoiser) is entry.denoiser), "")
+    entry = _source(source, class_name)
+    if type(denoiser) is not entry.denoiser:
+        raise ValueError(
+            f"`denoiser` is a {type(denoiser).__name__}; {source} has the weights of a {entry.denoiser.__name__}."
+        )
+    for name, value in {"conditioning": "published", **entry.required}.items():
+        if denoiser.config[name] != value:
+            raise ValueError(f"`{name}` of the denoiser is {denoiser.config[name]!r}; {source} has {value!r} only.")
+    with torch.no_grad():
+        return publish(entry.rules(denoiser), denoiser.state_dict())
+
+
+def _source(source: str, class_name: str | None) -> Source:
+    if source == "diffusers":
+        if class_name not in DIFFUSERS:
+            raise ValueError(f"`_class_name` is {class_name!r}; diffusers' classes are {', '.join(DIFFUSERS)}.")
+        return DIFFUSERS[class_name]
+    if source not in SOURCES:
+        raise ValueError(f"`source` is {source!r}; it must be diffusers, {', '.join(SOURCES)}.")
+    return SOURCES[source]

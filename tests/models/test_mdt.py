@@ -1,0 +1,204 @@
+"""The masked pass of mDT: what the encoder sees, what the decoder sees, and what a training step asks for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from improved_ldm.models.mdt import relative_offsets
+
+LEVEL = st.floats(0, 1, exclude_max=True)
+RATIOS = (0.0, 0.3, 0.5, 0.7)
+# of the four patches in a 4 x 4 latent
+NOISE = torch.tensor([[0.1, 0.9, 0.2, 0.8]])
+KEPT, MASKED = (slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4))
+
+
+@pytest.fixture(params=["disentangled", "published"])
+def model(request, tiny_denoiser):
+    return tiny_denoiser("mdt", conditioning=request.param, num_classes=5)
+
+
+@torch.no_grad()
+def run(model, inputs, **changes):
+    return model(**{**inputs, **changes}).sample
+
+
+def differ(first, second):
+    return (first - second).abs().max() > 1e-4
+
+
+@pytest.fixture
+def encoded(model):
+    """What the encoder made of the latents of each forward pass since."""
+    outputs = []
+    model.encoder_skip_blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    return outputs
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 8), (6, 4)])
+def test_a_pass_that_masks_nothing_is_the_plain_pass(model, make_inputs, size):
+    inputs = make_inputs(model, size=size)
+    noise = torch.rand(2, size[0] * size[1] // 4)
+    assert_close(run(model, inputs, mask_noise=noise, mask_ratio=0.0), run(model, inputs))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_encoder_sees_the_share_that_is_left(model, make_inputs, encoded, ratio):
+    inputs = make_inputs(model, size=(8, 8))
+    masked = run(model, inputs, mask_noise=torch.rand(2, 16), mask_ratio=ratio)
+    assert masked.shape == (2, 4, 8, 8) and masked.isfinite().all()
+    assert encoded[0].shape == (2, int(16 * (1 - ratio)), 32)
+    assert differ(masked, run(model, inputs)) == (ratio > 0)
+
+
+def test_masked_patches_reach_the_decoder_but_not_the_encoder(model, make_inputs, encoded):
+    inputs = make_inputs(model, batch_size=1)
+    masking = {"mask_noise": NOISE, "mask_ratio": 0.5}
+    plain = run(model, inputs, **masking)
+    outputs = []
+    for rows, columns in (KEPT, MASKED):
+        latents = inputs["hidden_states"].clone()
+        latents[..., rows, columns] += 1
+        outputs.append(run(model, inputs, hidden_states=latents, **masking))
+    before, with_kept, with_masked = encoded
+    assert differ(with_kept, before)
+    assert_close(with_masked, before, rtol=0, atol=0)
+    assert all(differ(output, plain) for output in outputs)
+
+
+def test_the_side_block_stands_in_for_masked_patches_only(model, make_inputs):
+    inputs, seen = make_inputs(model, batch_size=1), []
+    model.decoder_blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    masking = {"mask_noise": NOISE, "mask_ratio": 0.5}
+    run(model, inputs, **masking)
+    for parameter in model.side_block.parameters():
+        parameter.data += 0.1
+    run(model, inputs, **masking)
+    changed = (seen[0] != seen[1]).any(-1)
+    assert changed.tolist() == [[False, True, False, True]]
+
+
+def test_the_plain_pass_reads_neither_side_block_nor_mask_token(model, make_inputs):
+    inputs = make_inputs(model)
+    plain = run(model, inputs)
+    for parameter in (model.mask_token, *model.side_block.parameters()):
+        parameter.data += 1
+    assert_close(run(model, inputs), plain, rtol=0, atol=0)
+
+
+def test_the_order_of_the_kept_patches_does_not_matter(model, make_inputs):
+    inputs = make_inputs(model, batch_size=1)
+    other = torch.tensor([[0.3, 0.6, 0.0, 0.7]])
+    one, two = (run(model, inputs, mask_noise=noise, mask_ratio=0.5) for noise in (NOISE, other))
+    assert_close(one, two)
+    assert differ(run(model, inputs, mask_noise=1 - NOISE, mask_ratio=0.5), one)
+
+
+def test_rows_of_a_masked_batch_do_not_mix(model, make_inputs):
+    inputs, noise = make_inputs(model, batch_size=3, size=(4, 6)), torch.rand(3, 6)
+    batch = run(model, inputs, mask_noise=noise, mask_ratio=0.4)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = {name: value[part] for name, value in inputs.items()}
+        assert_close(run(model, alone, mask_noise=noise[part], mask_ratio=0.4)[0], batch[row])
+
+
+def test_every_mask_ratio_compiles(fresh_compiler, model, make_inputs):
+    inputs, noise = make_inputs(model, size=(8, 8)), torch.rand(2, 16)
+    levels = torch.arange(9) / 9
+    steps = [model.training_passes(inputs["hidden_states"], level.item(), torch.Generator())[1] for level in levels]
+    ratios = [further["mask_ratio"] for further in steps]
+    assert len(set(ratios)) == 9
+    expected = [run(model, inputs, mask_noise=noise, mask_ratio=ratio) for ratio in ratios]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for ratio, sample in zip(ratios, expected, strict=True):
+        assert_close(run(compiled, inputs, mask_noise=noise, mask_ratio=ratio), sample)
+
+
+def test_blocks_compile_for_every_mask_ratio(fresh_compiler, model, make_inputs):
+    inputs, noise = make_inputs(model, size=(8, 8)), torch.rand(2, 16)
+    ratios = [0.3 + 0.025 * step for step in range(9)]
+    expected = [run(model, inputs, mask_noise=noise, mask_ratio=ratio) for ratio in ratios]
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for ratio, sample in zip(ratios, expected, strict=True):
+        assert_close(run(model, inputs, mask_noise=noise, mask_ratio=ratio), sample)
+
+
+def training_passes(model, level, seed=0, batch_size=4, size=(8, 8), generator=None):
+    generator = generator or torch.Generator().manual_seed(seed)
+    return model.training_passes(torch.zeros(batch_size, 4, *size), level, generator)
+
+
+def test_a_training_step_is_a_plain_and_a_masked_pass(tiny_denoiser):
+    plain, masked = training_passes(tiny_denoiser("mdt"), 0.0)
+    assert plain == {}
+    assert masked["mask_noise"].shape == (4, 16) and masked["mask_ratio"] == 0.3
+
+
+def test_a_training_step_draws_the_same_for_the_same_level_and_generator(tiny_denoiser):
+    model = tiny_denoiser("mdt")
+    one, same, other = (training_passes(model, 0.5, seed)[1] for seed in (0, 0, 1))
+    assert one["mask_ratio"] == same["mask_ratio"] == other["mask_ratio"]
+    assert torch.equal(one["mask_noise"], same["mask_noise"])
+    assert not torch.equal(one["mask_noise"], other["mask_noise"])
+
+
+def test_micro_batches_draw_the_masks_of_the_whole_batch(tiny_denoiser):
+    model, generator = tiny_denoiser("mdt"), torch.Generator().manual_seed(0)
+    whole = training_passes(model, 0.5)[1]["mask_noise"]
+    parts = [training_passes(model, 0.5, batch_size=2, generator=generator)[1]["mask_noise"] for _ in range(2)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.fixture(scope="module")
+def half_masked(tiny_denoiser):
+    return tiny_denoiser("mdt", mask_ratio=0.5)
+
+
+@given(LEVEL, LEVEL)
+def test_the_mask_ratio_rises_with_the_level_in_few_steps(half_masked, first, second):
+    low, high = (training_passes(half_masked, level)[1]["mask_ratio"] for level in sorted((first, second)))
+    assert 0.5 <= low <= high <= 0.7
+    steps = (high - 0.5) / 0.025
+    assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
+SIDE = st.integers(1, 6)
+
+
+@given(SIDE, SIDE)
+def test_two_pairs_of_patches_have_one_offset_if_their_positions_differ_alike(rows, columns):
+    offsets = relative_offsets(rows, columns, torch.device("cpu"))
+    tokens = rows * columns
+    assert offsets.shape == (tokens, tokens)
+    differences = {}
+    for one in range(tokens):
+        for other in range(tokens):
+            difference = (one // columns - other // columns, one % columns - other % columns)
+            differences.setdefault(difference, set()).add(int(offsets[one, other]))
+    assert all(len(indices) == 1 for indices in differences.values())
+    assert set.union(*differences.values()) == set(range((2 * rows - 1) * (2 * columns - 1)))
+
+
+def test_the_bias_of_an_offset_is_learned_a_head(tiny_denoiser):
+    bias = tiny_denoiser("mdt").decoder_blocks[0].position_bias
+    offsets = relative_offsets(2, 2, torch.device("cpu"))
+    values = bias(offsets, (2, 2))
+    assert values.shape == (2, 4, 4)
+    assert_close(values[1], bias.table[offsets][..., 1], rtol=0, atol=0)
+    with torch.no_grad():
+        bias.table[:] = 7
+    assert_close(bias(relative_offsets(3, 5, torch.device("cpu")), (3, 5)), torch.full((2, 15, 15), 7.0))
+
+
+def test_learned_positions_are_interpolated_for_other_grids(tiny_denoiser):
+    model = tiny_denoiser("mdt")
+    assert model.positions_for((2, 2), model.positions) is model.positions
+    other = model.positions_for((3, 5), model.positions)
+    assert other.shape == (15, 32)
+    with torch.no_grad():
+        model.decoder_positions[:] = torch.arange(32.0)
+    constant = model.positions_for((3, 5), model.decoder_positions)
+    assert_close(constant, torch.arange(32.0).expand(15, 32), rtol=1e-5, atol=1e-5)

@@ -45,6 +45,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         default_guidance_scale: λ where the call gives none.
         default_num_inference_steps: steps where the call gives none.
         class_names: the classes' names, for the card and the user.
+        lineage: what the weights were made from, one record a transfer, for the card and the user.
 
     Source: Berrada et al., 2024.
     """
@@ -68,6 +69,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         default_guidance_scale: float = 5.0,
         default_num_inference_steps: int = 50,
         class_names: list[str] | None = None,
+        lineage: list[dict[str, Any]] | None = None,
     ):
         super().__init__()
         if transformer is not None and unet is not None:
@@ -88,6 +90,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
             class_names=class_names,
+            lineage=lineage,
         )
         self.vae_scale_factor = spatial_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

@@ -1,13 +1,18 @@
 """What a denoiser is trained to predict: noise (ε), velocity (v) or flow, and how timesteps and losses are weighed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from improved_ldm.diffusion.schedules import NUM_TRAIN_TIMESTEPS, flow_scheduler, variance_preserving_scheduler
+from improved_ldm.diffusion.schedules import (
+    NUM_TRAIN_TIMESTEPS,
+    flow_scheduler,
+    rescale_scheduler,
+    variance_preserving_scheduler,
+)
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 LossWeighting = Literal["uniform", "min_snr"]
@@ -19,17 +24,29 @@ class VariancePreservingObjective:
     Args:
         prediction: `epsilon` or `v_prediction`.
         loss_weighting: `uniform`, or `min_snr` with γ = 5.
+        scheduler: its schedule; default: LDM's.
 
     Source: Berrada et al., 2024; v-prediction and min-SNR are our additions.
     """
 
-    def __init__(self, prediction: Literal["epsilon", "v_prediction"], loss_weighting: LossWeighting = "uniform"):
+    def __init__(
+        self,
+        prediction: Literal["epsilon", "v_prediction"],
+        loss_weighting: LossWeighting = "uniform",
+        scheduler: DDIMScheduler | None = None,
+    ):
         self.prediction, self.loss_weighting = prediction, loss_weighting
-        self.forward_process = DDPMScheduler.from_config(variance_preserving_scheduler(prediction).config)
+        self.scheduler = scheduler or variance_preserving_scheduler(prediction)
+        self.forward_process = DDPMScheduler.from_config(self.scheduler.config)
 
     def sampling_scheduler(self) -> DDIMScheduler:
         """The scheduler that samples a model trained on this objective."""
-        return variance_preserving_scheduler(self.prediction)
+        return self.scheduler
+
+    def rescaled(self, from_resolution: float, to_resolution: float) -> "VariancePreservingObjective":
+        """The objective that leaves images of another resolution as uncertain at each timestep."""
+        scheduler = rescale_scheduler(self.scheduler, from_resolution, to_resolution)
+        return VariancePreservingObjective(self.prediction, self.loss_weighting, scheduler)
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(batch,) timesteps on the generator's device."""
@@ -72,6 +89,10 @@ class FlowObjective:
     def sampling_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler that samples a model trained on this objective."""
         return flow_scheduler(self.shift)
+
+    def rescaled(self, from_resolution: float, to_resolution: float) -> "FlowObjective":
+        """The objective that leaves images of another resolution as uncertain at each timestep."""
+        return replace(self, shift=self.shift * to_resolution / from_resolution)
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(batch,) timesteps 1000 · σ on the generator's device."""

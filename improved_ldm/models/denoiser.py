@@ -1,6 +1,7 @@
 """What the denoisers share: the contract of `forward`, and for the transformers patches, positions and the trunk."""
 
-from typing import Any
+import copy
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -12,8 +13,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.positions import sincos_grid
+from improved_ldm.models.positions import interpolate_grid, sincos_grid
 from improved_ldm.models.trunk import ConditioningMode, ConditioningTrunk, PooledEmbedding
+
+PositionTransfer = Literal["resample", "interpolate", "extrapolate", "keep"]
 
 
 class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -122,6 +125,40 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
             )
         return torch.cat([added_cond_kwargs[name] for name in names], dim=1)
 
+    def resized(self, sample_size: int, positions: PositionTransfer) -> "Denoiser":
+        """A copy of the model for latents of another size.
+
+        Args:
+            sample_size: latent pixels a side.
+            positions: what becomes of the positions of patches: `resample` recomputes them on the coordinates of the
+                old grid, `interpolate` interpolates the old ones, `extrapolate` goes on past them at the old step, and
+                `keep` leaves the config's own rule alone. Learned tables are interpolated.
+
+        Raises:
+            ValueError: for another word, or a way that the model's positions cannot go.
+
+        Source: Berrada et al., 2024; learned tables: our choice.
+        """
+        if positions not in get_args(PositionTransfer):
+            raise ValueError(
+                f"`positions` is {positions!r}; it must be one of {', '.join(get_args(PositionTransfer))}."
+            )
+        if sample_size == self.config.sample_size:
+            return copy.deepcopy(self)
+        config, tensors = self.resized_positions(sample_size, positions)
+        old = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        denoiser = type(self)(**{**old, "sample_size": sample_size, **config})
+        denoiser.type(self.dtype).to(self.device).train(self.training)
+        computed = {name: buffer for name, buffer in denoiser.named_buffers() if name == "positions"}
+        denoiser.load_state_dict({**self.state_dict(), **computed, **tensors})
+        return denoiser
+
+    def resized_positions(
+        self, sample_size: int, positions: PositionTransfer
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Config values and tensors of positions for another latent size; here there are none."""
+        return {}, {}
+
     def run_block(self, block: nn.Module, *args):
         """A block's output, recomputed in the backward pass where gradient checkpointing is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -177,6 +214,19 @@ class PatchDenoiser(Denoiser):
         """Sin-cos embeddings (rows · columns, dim) of a grid in the model's coordinate range."""
         extent = self.config.position_extent or self.config.sample_size / self.config.patch_size
         return sincos_grid(rows, columns, self.config.hidden_size, extent)
+
+    def resized_positions(
+        self, sample_size: int, positions: PositionTransfer
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Config values and tensors of positions for another latent size."""
+        old, new = (size // self.config.patch_size for size in (self.config.sample_size, sample_size))
+        extent = self.config.position_extent or old
+        if positions == "resample":
+            return {"position_extent": extent}, {}
+        if positions == "interpolate":
+            table = interpolate_grid(self.positions, (old, old), (new, new))
+            return {"position_extent": extent}, {"positions": table}
+        return ({"position_extent": extent * new / old} if positions == "extrapolate" else {}), {}
 
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches."""

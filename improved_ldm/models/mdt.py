@@ -9,7 +9,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser
+from improved_ldm.models.denoiser import PatchDenoiser, PositionTransfer
 from improved_ldm.models.dit import DiTBlock
 from improved_ldm.models.layers import OutputLayer, PatchEmbedding, initialize
 from improved_ldm.models.positions import interpolate_grid
@@ -38,11 +38,18 @@ class RelativePositionBias(nn.Module):
         """Start from small random biases."""
         nn.init.trunc_normal_(self.table, std=0.02)
 
+    def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches."""
+        trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
+        return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
+
+    def resized(self, side: int) -> torch.Tensor:
+        """The table for a grid of `side` patches a side."""
+        return torch.cat([self.interpolated((side, side)), self.table[-3:]])
+
     def forward(self, offsets: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # (..., tokens, tokens) of a grid of patches → (..., heads, tokens, tokens)
-        table, trained, asked = self.table, 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
-        if asked != (trained, trained):
-            table = interpolate_grid(table[: trained**2], (trained, trained), asked, align_corners=True)
+        table = self.table if grid == (self.side, self.side) else self.interpolated(grid)
         return table[offsets].movedim(-1, -3)
 
 
@@ -212,6 +219,30 @@ class MDTDenoiser(PatchDenoiser):
     def enable_cache(self, config):
         """Refuse: diffusers' caches skip blocks, which leaves the skip connections without an end."""
         raise ValueError("an mDT's blocks are joined by skip connections; diffusers' caches do not fit it.")
+
+    def resized_positions(
+        self, sample_size: int, positions: PositionTransfer
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The learned tables, interpolated to another latent size; they do not go on past their edge.
+
+        Raises:
+            ValueError: for `extrapolate`.
+        """
+        if positions == "extrapolate":
+            raise ValueError(
+                "`positions` is 'extrapolate', but an mDT's positions are learned: they are interpolated."
+            )
+        old, new = (size // self.config.patch_size for size in (self.config.sample_size, sample_size))
+        tables = {
+            name: interpolate_grid(getattr(self, name), (old, old), (new, new))
+            for name in ("positions", "decoder_positions")
+        }
+        biases = {
+            f"{name}.table": module.resized(new)
+            for name, module in self.named_modules()
+            if isinstance(module, RelativePositionBias)
+        }
+        return {}, {**tables, **biases}
 
     def positions_for(self, grid: tuple[int, int], positions: torch.Tensor) -> torch.Tensor:
         """A learned table (tokens, dim) for a grid of patches, interpolated where it differs from that of training."""

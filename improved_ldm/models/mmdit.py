@@ -1,5 +1,7 @@
 """mmDiT: image tokens and context tokens in two streams that attend to each other (Esser et al., 2024)."""
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -9,7 +11,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser
+from improved_ldm.models.denoiser import PatchDenoiser, PositionTransfer
 from improved_ldm.models.layers import (
     Attention,
     JointAttention,
@@ -19,7 +21,7 @@ from improved_ldm.models.layers import (
     PatchEmbedding,
     initialize,
 )
-from improved_ldm.models.positions import centre_crop
+from improved_ldm.models.positions import centre_crop, interpolate_grid
 
 
 class MMDiTBlock(nn.Module):
@@ -182,6 +184,25 @@ class MMDiTDenoiser(PatchDenoiser):
         """Keep the position embeddings of the table, where there is one, or of the configured latent size."""
         side = self.config.position_table_size or self.config.sample_size // self.config.patch_size
         self.register_buffer("positions", self.computed_positions(side, side))
+
+    def resized_positions(
+        self, sample_size: int, positions: PositionTransfer
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Config values and tensors of positions for another latent size; a table is made denser, or cropped less."""
+        side, patch_size = self.config.position_table_size, self.config.patch_size
+        if side is None:
+            return super().resized_positions(sample_size, positions)
+        extent = self.config.position_extent or self.config.sample_size // patch_size
+        if positions in ("extrapolate", "keep"):
+            centre_crop(
+                self.positions, sample_size // patch_size, sample_size // patch_size
+            )  # raises if it is too small
+            return {"position_extent": extent}, {"positions": self.positions.clone()}
+        new_side = round(side * sample_size / self.config.sample_size)
+        config = {"position_extent": extent, "position_table_size": new_side}
+        if positions == "resample":
+            return config, {}
+        return config, {"positions": interpolate_grid(self.positions, (side, side), (new_side, new_side))}
 
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches."""

@@ -1,0 +1,5 @@
+"""A trained model or pipeline to another resolution, or to other conditions."""
+
+from improved_ldm.transfer.resolution import transfer
+
+__all__ = ["transfer"]

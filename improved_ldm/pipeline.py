@@ -305,7 +305,7 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         for name, value in given.items():
             if value is not None and name not in read:
                 raise ValueError(
-                    f"`{name}` is given, but of the control the model reads {', '.join(read) or 'nothing'}."
+                    f"`{name}` is given, but of the control the model reads {', '.join(sorted(read)) or 'nothing'}."
                 )
         if not read:
             return None

@@ -17,9 +17,10 @@ from improved_ldm.trainer.batches import open_batches, survey
 from improved_ldm.trainer.components import build_denoiser, load_autoencoder
 from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
-from improved_ldm.trainer.grids import draw_grid
+from improved_ldm.trainer.grids import grid_drawer
 from improved_ldm.trainer.loop import train
 from improved_ldm.trainer.run import start_run
+from improved_ldm.trainer.stages import begin_stage, stages_of, write_stages
 
 DEFAULT = Path(__file__).parent / "configs" / "fashion_classes.yaml"
 GRID_ROWS = 10
@@ -28,41 +29,52 @@ GRID_ROWS = 10
 def main(argv: list[str]):
     started = time.perf_counter()
     config = parse_config_or_exit(RunConfig, argv, DEFAULT)
+    stages = stages_of(config)
 
     # The data: opened and looked at before anything else is done.
-    data = config.data
-    rows = open_rows(data.source, data.split, data.name, data.image_column, None, data.label_column)
-    first_rows = survey(rows)
-    num_classes = len(rows.class_names or ()) or data.num_classes
-    if num_classes is None:
-        raise ValueError(f"column {data.label_column!r} does not name its classes: give `--data.num_classes`.")
-    run = start_run(config)
+    data = [
+        open_rows(part.source, part.split, part.name, part.image_column, None, part.label_column)
+        for part in (stage.config.data for stage in stages)
+    ]
+    looks = [survey(rows) for rows in data]
+    counts = {len(rows.class_names or ()) or config.data.num_classes for rows in data}
+    if counts == {None}:
+        raise ValueError(f"column {config.data.label_column!r} does not name its classes: give `--data.num_classes`.")
+    if len(counts) > 1:
+        raise ValueError(f"the stages' sets have {', '.join(map(str, counts))} classes; they must have the same.")
+    (num_classes,) = counts
+    write_stages(config)
+    run = start_run(stages[0].config)
 
     # The models: the autoencoder stays as it is, the denoiser starts afresh.
     vae = load_autoencoder(config.autoencoder).to(run.accelerator.device)
     objective = make_objective(**config.objective.model_dump())
-    denoiser = build_denoiser(config, vae, num_classes=num_classes)
-    pipeline = ImprovedLDMPipeline(
-        vae,
-        objective.sampling_scheduler(),
-        default_original_size=first_rows.original_side,
-        default_guidance_scale=config.sampling.guidance_scale,
-        default_num_inference_steps=config.sampling.num_inference_steps,
-        class_names=rows.class_names,
-    )
+    denoiser = build_denoiser(stages[0].config, vae, num_classes=num_classes)
     labels = list(range(min(GRID_ROWS, num_classes)))
 
-    # The training: cache or stream, then the loop that all scripts share.
-    def draw_samples(averaged, step: int):
-        pipeline.denoiser = averaged
-        draw_grid(pipeline, labels, config.seed, run.folder / "samples" / f"step-{step:07d}.png")
-
-    batches = open_batches(run, rows, SampleEncoder(vae))
-    averaged = train(run, denoiser, objective, batches, draw_samples)
-
-    # What is left: the pipeline with its samples, metrics and card.
-    pipeline.denoiser = averaged
-    finish(run, pipeline, labels, started)
+    # The training: one stage after the other, each in the loop that all scripts share.
+    for stage, rows, first_rows in zip(stages, data, looks, strict=True):
+        start = begin_stage(stage, denoiser, objective)
+        denoiser, objective = start.denoiser, start.objective
+        if stage.is_finished and stage is not stages[-1]:
+            continue
+        run = start_run(stage.config)
+        pipeline = ImprovedLDMPipeline(
+            vae,
+            objective.sampling_scheduler(),
+            default_original_size=first_rows.original_side,
+            default_guidance_scale=config.sampling.guidance_scale,
+            default_num_inference_steps=config.sampling.num_inference_steps,
+            class_names=rows.class_names,
+            lineage=list(stage.lineage) or None,
+        )
+        batches = open_batches(run, rows, SampleEncoder(vae))
+        draw_samples = grid_drawer(pipeline, labels, run.config.seed, run.folder / "samples")
+        pipeline.denoiser = train(
+            run, denoiser, objective, batches, draw_samples, start.averaged, start.optimizer_state
+        )
+        finish(run, pipeline, labels, started)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from improved_ldm.trainer.batches import open_batches, survey
 from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
 from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
-from improved_ldm.trainer.grids import diverse_prompts, draw_grid
+from improved_ldm.trainer.grids import diverse_prompts, grid_drawer
 from improved_ldm.trainer.loop import train
 from improved_ldm.trainer.run import start_run
+from improved_ldm.trainer.stages import begin_stage, stages_of, write_stages
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GRID_ROWS = 8
@@ -28,13 +29,16 @@ GRID_ROWS = 8
 def main(argv: list[str]):
     started = time.perf_counter()
     config = parse_config_or_exit(RunConfig, argv, QUICKSTART)
+    stages = stages_of(config)
 
     # The data: opened and looked at before anything else is done.
-    rows = open_rows(
-        config.data.source, config.data.split, config.data.name, config.data.image_column, config.data.caption_column
-    )
-    first_rows = survey(rows)
-    run = start_run(config)
+    data = [
+        open_rows(part.source, part.split, part.name, part.image_column, part.caption_column)
+        for part in (stage.config.data for stage in stages)
+    ]
+    looks = [survey(rows) for rows in data]
+    write_stages(config)
+    run = start_run(stages[0].config)
     device = run.accelerator.device
 
     # The models: autoencoder and text encoder stay as they are, the denoiser starts afresh.
@@ -42,34 +46,38 @@ def main(argv: list[str]):
     tokenizer, text_encoder = load_text_encoder(config.text)
     encoder = SampleEncoder(vae, tokenizer, text_encoder.to(device), config.text.max_tokens)
     objective = make_objective(**config.objective.model_dump())
-    denoiser = build_denoiser(config, vae, **text_dims(config.denoiser, encoder))
-    pipeline = ImprovedLDMPipeline(
-        vae,
-        objective.sampling_scheduler(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        text_padding=config.text.padding,
-        text_noise_scale=config.text.noise_scale,
-        max_text_tokens=config.text.max_tokens,
-        default_original_size=first_rows.original_side,
-        default_guidance_scale=config.sampling.guidance_scale,
-        default_num_inference_steps=config.sampling.num_inference_steps,
-    )
-    prompts = list(config.sampling.prompts or ()) or diverse_prompts(
-        first_rows.captions, encoder.text(first_rows.captions).pooled, GRID_ROWS
-    )
+    denoiser = build_denoiser(stages[0].config, vae, **text_dims(config.denoiser, encoder))
 
-    # The training: cache or stream, then the loop that all scripts share.
-    def draw_samples(averaged, step: int):
-        pipeline.denoiser = averaged
-        draw_grid(pipeline, prompts, config.seed, run.folder / "samples" / f"step-{step:07d}.png")
-
-    batches = open_batches(run, rows, encoder)
-    averaged = train(run, denoiser, objective, batches, draw_samples)
-
-    # What is left: the pipeline with its samples, metrics and card.
-    pipeline.denoiser = averaged
-    finish(run, pipeline, prompts, started)
+    # The training: one stage after the other, each in the loop that all scripts share.
+    for stage, rows, first_rows in zip(stages, data, looks, strict=True):
+        start = begin_stage(stage, denoiser, objective)
+        denoiser, objective = start.denoiser, start.objective
+        if stage.is_finished and stage is not stages[-1]:
+            continue
+        run = start_run(stage.config)
+        pipeline = ImprovedLDMPipeline(
+            vae,
+            objective.sampling_scheduler(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_padding=config.text.padding,
+            text_noise_scale=config.text.noise_scale,
+            max_text_tokens=config.text.max_tokens,
+            default_original_size=first_rows.original_side,
+            default_guidance_scale=config.sampling.guidance_scale,
+            default_num_inference_steps=config.sampling.num_inference_steps,
+            lineage=list(stage.lineage) or None,
+        )
+        prompts = list(config.sampling.prompts or ()) or diverse_prompts(
+            first_rows.captions, encoder.text(first_rows.captions).pooled, GRID_ROWS
+        )
+        batches = open_batches(run, rows, encoder)
+        draw_samples = grid_drawer(pipeline, prompts, run.config.seed, run.folder / "samples")
+        pipeline.denoiser = train(
+            run, denoiser, objective, batches, draw_samples, start.averaged, start.optimizer_state
+        )
+        finish(run, pipeline, prompts, started)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

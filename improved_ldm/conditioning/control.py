@@ -130,6 +130,11 @@ def null_control(batch_size: int, device: torch.device | str | None = None) -> t
     return torch.full((batch_size, NUM_CONTROL), torch.nan, device=device)
 
 
+def is_null(control: torch.Tensor) -> torch.Tensor:
+    """Which rows of a (batch, `NUM_CONTROL`) control are null: (batch,) bool."""
+    return control.isnan().all(-1)
+
+
 def control_weight(
     timestep: torch.Tensor, kind: ControlWeight, power: float = 1.0, num_train_timesteps: int = 1000
 ) -> torch.Tensor:
@@ -199,7 +204,8 @@ def sdxl_sizes(control: torch.Tensor) -> torch.Tensor:
     """
     height, width, top, left, crop_height, crop_width, target_height, target_width, _ = control.float().unbind(-1)
     corner = [top * target_height / crop_height, left * target_width / crop_width]
-    return torch.stack([height, width, *corner, target_height, target_width], dim=-1).nan_to_num(0)
+    sizes = torch.stack([height, width, *corner, target_height, target_width], dim=-1)
+    return torch.where(is_null(control)[:, None], 0.0, sizes)
 
 
 def pixart_sizes(control: torch.Tensor) -> torch.Tensor:
@@ -216,7 +222,8 @@ def pixart_sizes(control: torch.Tensor) -> torch.Tensor:
     Source: PixArt-α; the zeros are our choice.
     """
     height, width = control.float().unbind(-1)[6:8]
-    return torch.stack([height, width, height / width], dim=-1).nan_to_num(0)
+    sizes = torch.stack([height, width, height / width], dim=-1)
+    return torch.where(is_null(control)[:, None], 0.0, sizes)
 
 
 class ScalarsEmbedding(nn.Module):
@@ -275,8 +282,8 @@ class ControlEmbedding(nn.Module):
 
     def forward(self, control: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         # (batch, NUM_CONTROL) float32, (batch,) → (batch, embedding_dim)
-        is_null = control.isnan().all(-1)
-        high = self.high_level(high_level_variables(control), is_null)
-        low = self.low_level(low_level_variables(control), is_null)
+        null = is_null(control)
+        high = self.high_level(high_level_variables(control), null)
+        low = self.low_level(low_level_variables(control), null)
         gamma = control_weight(timestep, self.weight, self.power, self.num_train_timesteps)
         return high + gamma[:, None].to(low.dtype) * low

@@ -23,9 +23,13 @@ BLOCK_FIXED = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
     "norm_elementwise_affine": False,
-    "upcast_attention": False,
+    # of `Transformer2DModel`, which these classes were once a part of
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+    "double_self_attention": False,
 }
-BLOCK_IGNORED = ("dropout", "norm_num_groups")
+BLOCK_IGNORED = ("dropout", "norm_num_groups", "upcast_attention")
 
 
 def defaults_of(cls: type, *names: str) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def dit_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
     arguments = read_arguments(
         config,
         defaults_of(DiTTransformer2DModel, *SIZES, *HEADS, "num_embeds_ada_norm", "norm_eps"),
-        BLOCK_FIXED | {"norm_type": "ada_norm_zero"},
+        BLOCK_FIXED | {"norm_type": "ada_norm_zero", "cross_attention_dim": None, "attention_type": "default"},
         BLOCK_IGNORED,
     )
     return _sizes(arguments) | {
@@ -181,7 +185,7 @@ def unet_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]
         *("use_linear_projection", "norm_num_groups", "addition_embed_type", "addition_time_embed_dim"),
         "projection_class_embeddings_input_dim",
     )
-    ignored = ("dropout", "addition_embed_type_num_heads", "mid_block_only_cross_attention", "num_attention_heads")
+    ignored = ("dropout", "addition_embed_type_num_heads", "mid_block_only_cross_attention", "upcast_attention")
     names = inspect.signature(UNet2DConditionModel.__init__).parameters.keys() - {"self", *carried, *ignored}
     arguments = read_arguments(
         config, defaults_of(UNet2DConditionModel, *carried), defaults_of(UNet2DConditionModel, *names), ignored
@@ -194,12 +198,15 @@ def unet_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]
         )
     if not isinstance(arguments.layers_per_block, int) or not isinstance(arguments.cross_attention_dim, int):
         raise ValueError("`layers_per_block` and `cross_attention_dim` convert as one number for all levels only.")
+    sample_size = 64 if arguments.sample_size is None else arguments.sample_size
+    if not isinstance(sample_size, int):
+        raise ValueError(f"`sample_size` is {sample_size!r} in the source's configuration; only a square converts.")
     size_features, pooled_dim = 0, None
     if arguments.addition_embed_type == "text_time":
         size_features = arguments.addition_time_embed_dim
         pooled_dim = arguments.projection_class_embeddings_input_dim - 6 * size_features
     return {
-        "sample_size": arguments.sample_size or 64,
+        "sample_size": sample_size,
         "in_channels": arguments.in_channels,
         "out_channels": arguments.out_channels,
         "block_out_channels": tuple(arguments.block_out_channels),

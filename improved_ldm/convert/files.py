@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from improved_ldm.convert.mapping import StateDict
@@ -60,7 +61,10 @@ def _weight_files(place: Path) -> list[Path]:
 
 def _read_file(file: Path) -> StateDict:
     if file.suffix == ".safetensors":
-        return load_file(file)
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} cannot be read: {error}.") from error
     if file.suffix not in PICKLES:
         raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(PICKLES)}.")
     try:
@@ -69,6 +73,8 @@ def _read_file(file: Path) -> StateDict:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{str(file)!r} holds more than weights, which may be harmful; it is not read.") from error
     for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{str(file)!r} holds no state dict.")
     return content

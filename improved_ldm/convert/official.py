@@ -8,8 +8,7 @@ import torch
 from improved_ldm.convert.arguments import read_arguments
 from improved_ldm.convert.mapping import Rule, StateDict, class_table, derived, fused, layer, mlp, same, unsqueezed
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.mdt import relative_offsets
-from improved_ldm.models.positions import sincos_grid
+from improved_ldm.models.positions import relative_offsets, sincos_grid
 
 QKV = ("to_q", "to_k", "to_v")
 

@@ -28,26 +28,28 @@ class Source:
         denoiser: the class of the family.
         config: its constructor arguments and state dict → the denoiser's constructor arguments.
         rules: a denoiser → which tensors hold the same numbers.
+        condition: which of `num_classes` and `text_dim` the implementation needs.
         required: values of the denoiser's config without which the implementation cannot express it.
     """
 
     denoiser: type[Denoiser]
     config: Callable[[dict[str, Any], StateDict], dict[str, Any]]
     rules: Callable[[Denoiser], list[Rule]]
+    condition: str
     required: Mapping[str, Any] = field(default_factory=dict)
 
 
 PLAIN_DIT = {"norm_eps": NORM_EPS, "downscale_freq_shift": 0.0, "trunk_per_block": False, "qk_norm": False}
-SD3 = Source(MMDiTDenoiser, official.sd3_config, official.sd3_rules, {"num_classes": None})
+SD3 = Source(MMDiTDenoiser, official.sd3_config, official.sd3_rules, "text_dim")
 SOURCES = {
     "facebookresearch/DiT": Source(
-        DiTDenoiser, official.dit_config, official.dit_rules, {**PLAIN_DIT, "pooled_dim": None}
+        DiTDenoiser, official.dit_config, official.dit_rules, "num_classes", {**PLAIN_DIT, "pooled_dim": None}
     ),
     "sail-sg/MDT": Source(
-        MDTDenoiser, official.mdt_config, official.mdt_rules, {"qk_norm": False, "pooled_dim": None}
+        MDTDenoiser, official.mdt_config, official.mdt_rules, "num_classes", {"qk_norm": False, "pooled_dim": None}
     ),
     "PixArt-alpha/PixArt-alpha": Source(
-        PixArtDenoiser, official.pixart_config, official.pixart_rules, {"qk_norm": False, "num_classes": None}
+        PixArtDenoiser, official.pixart_config, official.pixart_rules, "text_dim", {"qk_norm": False}
     ),
     "Stability-AI/sd3": SD3,
     "Stability-AI/sd3.5": SD3,
@@ -57,22 +59,25 @@ DIFFUSERS = {
         DiTDenoiser,
         diffusers_classes.dit_config,
         diffusers_classes.dit_rules,
+        "num_classes",
         {"downscale_freq_shift": 1.0, "qk_norm": False, "mlp_ratio": 4.0, "pooled_dim": None},
     ),
     "PixArtTransformer2DModel": Source(
         PixArtDenoiser,
         diffusers_classes.pixart_config,
         diffusers_classes.pixart_rules,
-        {"qk_norm": False, "mlp_ratio": 4.0, "num_classes": None},
+        "text_dim",
+        {"qk_norm": False, "mlp_ratio": 4.0},
     ),
     "SD3Transformer2DModel": Source(
         MMDiTDenoiser,
         diffusers_classes.sd3_config,
         diffusers_classes.sd3_rules,
-        {"mlp_ratio": 4.0, "num_classes": None},
+        "text_dim",
+        {"mlp_ratio": 4.0},
     ),
     "UNet2DConditionModel": Source(
-        UNetDenoiser, diffusers_classes.unet_config, diffusers_classes.unet_rules, {"num_classes": None}
+        UNetDenoiser, diffusers_classes.unet_config, diffusers_classes.unet_rules, "text_dim"
     ),
 }
 
@@ -105,7 +110,7 @@ def from_published(
     if conditioning not in ("published", "disentangled"):
         raise ValueError(f"`conditioning` is {conditioning!r}; it must be 'published' or 'disentangled'.")
     config = dict(config or {})
-    entry = _source(source, config.get("_class_name"))
+    entry = _source(source, _class_name(config))
     denoiser = entry.denoiser(**entry.config(config, state_dict), conditioning="published")
     rules = entry.rules(denoiser)
     ours = to_ours(rules, state_dict)
@@ -139,8 +144,19 @@ def to_published(source: str, denoiser: Denoiser) -> StateDict:
     for name, value in {"conditioning": "published", **entry.required}.items():
         if denoiser.config[name] != value:
             raise ValueError(f"`{name}` of the denoiser is {denoiser.config[name]!r}; {source} has {value!r} only.")
+    if denoiser.config[entry.condition] is None:
+        raise ValueError(f"`{entry.condition}` of the denoiser is None; {source} needs it.")
     with torch.no_grad():
         return publish(entry.rules(denoiser), denoiser.state_dict())
+
+
+def _class_name(config: dict[str, Any]) -> str | None:
+    """The class of a diffusers configuration; the published ones of DiT and PixArt-α name the class of that time."""
+    name = config.get("_class_name")
+    if name == "Transformer2DModel":
+        norms = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+        return norms.get(config.get("norm_type"), name)
+    return name
 
 
 def _source(source: str, class_name: str | None) -> Source:

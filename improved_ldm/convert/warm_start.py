@@ -47,12 +47,14 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
         The denoiser, and what is new, dropped and moved.
 
     Raises:
-        ValueError: for a denoiser in the disentangled mode.
+        ValueError: for a denoiser in the disentangled mode, or one that reads neither classes nor text tokens.
 
     Source: our choice.
     """
     if published.config.conditioning != "published":
         raise ValueError(f"`conditioning` of the denoiser is {published.config.conditioning!r}, not 'published'.")
+    if published.config.num_classes is None and published.config.text_dim is None:
+        raise ValueError("the denoiser reads pooled text alone, which has no place in the disentangled mode.")
     config = {name: value for name, value in published.config.items() if not name.startswith("_")}
     reads_only_published = {"pooled_dim": None, "size_conditions": False}
     config |= {name: value for name, value in reads_only_published.items() if name in config}
@@ -64,7 +66,7 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
     moved = {}
     for name in old.keys() - new.keys():
         as_tokens = name.replace("class_embedding", "class_tokens")
-        if as_tokens in new and new[as_tokens].shape == old[name].shape:
+        if as_tokens in new and as_tokens not in old and new[as_tokens].shape == old[name].shape:
             moved[name] = as_tokens
             carried[as_tokens] = old[name]
     denoiser.load_state_dict({name: tensor.clone() for name, tensor in carried.items()}, strict=False, assign=True)

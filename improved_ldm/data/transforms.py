@@ -4,7 +4,7 @@ import math
 import struct
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from improved_ldm.conditioning.control import Control
 # It rings less than Lanczos on drawings and line art.
 RESAMPLING = Image.Resampling.BICUBIC
 
-CropPolicy = Literal["resize_then_crop", "crop_then_resize"]
+CropPolicy = Literal["resize_then_crop", "crop_then_resize", "crop_at_target_scale"]
 CropPosition = Literal["random", "centre"]
 
 
@@ -75,7 +75,8 @@ class ImageTransform:
     Args:
         resolution: target (height, width), pixels; one number for a square.
         crop_policy: `resize_then_crop` keeps the whole of the image's one side, after scaling it to the target;
-            `crop_then_resize` takes a box of whole pixels that may be smaller, then scales it to the target.
+            `crop_then_resize` takes a box of whole pixels that may be smaller, then scales it to the target;
+            `crop_at_target_scale` scales the image as for a sample of `target_scale` pixels and keeps a part of that.
         crop_position: `random` anywhere in the image, or `centre`.
         crop_probability: probability that `crop_then_resize` takes less than the largest crop of the target's aspect
             ratio.
@@ -86,6 +87,7 @@ class ImageTransform:
             does to a sample.
         min_original_size: smallest shorter side that a reduced image may have, pixels. The shorter side is
             log-uniform between it and the image's own.
+        target_scale: pixels a side of the samples of a later stage, at whose scale `crop_at_target_scale` crops.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -102,20 +104,27 @@ class ImageTransform:
     flip_probability: float = 0.0
     reduce_probability: float = 0.0
     min_original_size: int | None = None
+    target_scale: int | None = None
 
     def __post_init__(self):
         if len(self.target_size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.target_size):
             raise ValueError(f"`resolution` is {self.resolution!r}; it must be one or two positive integers.")
-        if self.crop_policy not in ("resize_then_crop", "crop_then_resize"):
+        if self.crop_policy not in get_args(CropPolicy):
             raise ValueError(
-                f"`crop_policy` is {self.crop_policy!r}; it must be 'resize_then_crop' or 'crop_then_resize'."
+                f"`crop_policy` is {self.crop_policy!r}; it must be one of {', '.join(get_args(CropPolicy))}."
             )
         if self.crop_position not in ("random", "centre"):
             raise ValueError(f"`crop_position` is {self.crop_position!r}; it must be 'random' or 'centre'.")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"`min_crop` is {self.min_crop!r}; it must be in (0, 1].")
-        if self.min_crop < 1 and self.crop_policy == "resize_then_crop":
-            raise ValueError(f"`min_crop` is {self.min_crop!r}; 'resize_then_crop' needs 1, as it keeps a whole side.")
+        if self.min_crop < 1 and self.crop_policy != "crop_then_resize":
+            raise ValueError(f"`min_crop` is {self.min_crop!r}; '{self.crop_policy}' needs 1, its crop has one size.")
+        if (self.target_scale is not None) != (self.crop_policy == "crop_at_target_scale"):
+            raise ValueError(
+                f"`target_scale` is {self.target_scale!r}; 'crop_at_target_scale' needs it, and only that."
+            )
+        if self.target_scale is not None and self.target_scale < max(self.target_size):
+            raise ValueError(f"`target_scale` is {self.target_scale}; it must be ≥ `resolution` {self.resolution}.")
         for name in ("crop_probability", "flip_probability", "reduce_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be in [0, 1].")
@@ -131,9 +140,14 @@ class ImageTransform:
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
 
     @property
+    def _scaled_to(self) -> tuple[int, int]:
+        """(height, width) that an image is scaled to cover, pixels."""
+        return self.target_size if self.target_scale is None else (self.target_scale, self.target_scale)
+
+    @property
     def decode_size(self) -> tuple[int, int]:
         """(height, width) below which an image must not be decoded, or the smallest crop would be enlarged."""
-        return tuple(math.ceil(side / self.min_crop) for side in self.target_size)
+        return tuple(math.ceil(side / self.min_crop) for side in self._scaled_to)
 
     def draw(self, image_size: tuple[int, int], rng: Random) -> Control:
         """Draw what to do to an image.
@@ -146,7 +160,7 @@ class ImageTransform:
             The record, its values rounded to float32, so that it survives a control tensor unchanged.
         """
         original_size = self._draw_original_size(image_size, rng)
-        draw_crop = self._resize_then_crop if self.crop_policy == "resize_then_crop" else self._crop_then_resize
+        draw_crop = self._crop_then_resize if self.crop_policy == "crop_then_resize" else self._resize_then_crop
         corner, extent = draw_crop(original_size, rng)
         flip = rng.random() < self.flip_probability
         return Control(original_size, _float32(corner), _float32(extent), self.target_size, flip)
@@ -178,7 +192,7 @@ class ImageTransform:
 
     def _resize_then_crop(self, size: tuple[int, int], rng: Random) -> tuple[tuple, tuple]:
         """The corner lies on a pixel of the scaled image, as if it had been scaled first and cropped then."""
-        scale = min(side / target for side, target in zip(size, self.target_size, strict=True))
+        scale = min(side / target for side, target in zip(size, self._scaled_to, strict=True))
         slack = [math.floor(side / scale - target + 1e-9) for side, target in zip(size, self.target_size, strict=True)]
         corner = tuple(self._place(free, rng) * scale for free in slack)
         return corner, tuple(target * scale for target in self.target_size)

@@ -86,7 +86,7 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         """The grid of patches (rows, columns) of valid inputs.
 
         Raises:
-            ValueError: where the latents do not divide into patches or a condition would be ignored.
+            ValueError: where the latents do not divide into patches, or a condition would be ignored or spread.
         """
         patch_size = self.patch_size
         height, width = hidden_states.shape[-2:]
@@ -100,6 +100,8 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
                 raise ValueError(
                     f"`{name}` is given, but this {type(self).__name__} reads {', '.join(sorted(self.inputs))} only."
                 )
+            if value is not None and len(value) != len(hidden_states):
+                raise ValueError(f"`{name}` has {len(value)} rows; it must have one for each of {len(hidden_states)}.")
         return height // patch_size, width // patch_size
 
     def added_sizes(
@@ -231,8 +233,4 @@ class PatchDenoiser(Denoiser):
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches."""
         side = self.config.sample_size // self.config.patch_size
-        positions = self.positions
-        if grid != (side, side):
-            positions = self.computed_positions(*grid).to(positions.device)
-        # loading in half precision converts parameters, not buffers
-        return positions.to(self.patch_embedding.proj.weight.dtype)
+        return self.positions if grid == (side, side) else self.computed_positions(*grid).to(self.positions)

@@ -4,6 +4,7 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 NORM_EPS = 1e-6
 
@@ -184,7 +185,8 @@ class ModulatedNorm(nn.Module):
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    # the backward pass makes norm(x) anew from what the norm's own gradient keeps: one state less in memory
+    # The backward pass makes norm(x) anew from what the norm's own gradient keeps: one state less in memory. There is
+    # no second derivative and no forward mode.
 
     @staticmethod
     def forward(ctx, hidden_states, shift, scale, eps):
@@ -193,6 +195,7 @@ class _ModulatedNorm(torch.autograd.Function):
         return torch.addcmul(shift, normed, 1 + scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden_states, scale, mean, rstd = ctx.saved_tensors
         grad_scale = ((hidden_states - mean) * rstd).mul_(grad).sum(1, keepdim=True)

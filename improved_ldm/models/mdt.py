@@ -12,54 +12,10 @@ from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.denoiser import PatchDenoiser, PositionTransfer
 from improved_ldm.models.dit import DiTBlock
 from improved_ldm.models.layers import OutputLayer, PatchEmbedding, initialize
-from improved_ldm.models.positions import interpolate_grid
+from improved_ldm.models.positions import RelativePositionBias, interpolate_grid, relative_offsets
 
 MASK_RATIO_SPAN = 0.2  # the share of masked patches is drawn between the mask ratio and this much more
 MASK_RATIO_STEPS = 8  # from so many values, so that a compiled model meets few lengths
-
-
-class RelativePositionBias(nn.Module):
-    """What attention adds for the offset between two patches, learned a head.
-
-    Args:
-        num_heads: attention heads.
-        side: patches a side at training.
-
-    Source: BEiT, MDTv2; the last three rows, for a class token that is not there, are kept for its weights' sake.
-    """
-
-    def __init__(self, num_heads: int, side: int):
-        super().__init__()
-        self.side = side
-        self.table = nn.Parameter(torch.empty((2 * side - 1) ** 2 + 3, num_heads))
-        self.zero_start()
-
-    def zero_start(self):
-        """Start from small random biases."""
-        nn.init.trunc_normal_(self.table, std=0.02)
-
-    def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches."""
-        trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
-        return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
-
-    def resized(self, side: int) -> torch.Tensor:
-        """The table for a grid of `side` patches a side."""
-        return torch.cat([self.interpolated((side, side)), self.table[-3:]])
-
-    def forward(self, offsets: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        # (..., tokens, tokens) of a grid of patches → (..., heads, tokens, tokens)
-        table = self.table if grid == (self.side, self.side) else self.interpolated(grid)
-        return table[offsets].movedim(-1, -3)
-
-
-def relative_offsets(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Index (tokens, tokens) of the offset between each two patches of a grid in a table of all offsets."""
-    row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
-    down = row[:, None] - row + rows - 1
-    across = column[:, None] - column + columns - 1
-    return down * (2 * columns - 1) + across
 
 
 class MDTBlock(DiTBlock):
@@ -206,15 +162,19 @@ class MDTDenoiser(PatchDenoiser):
         step = int(level * (MASK_RATIO_STEPS + 1))
         noise = torch.rand(len(hidden_states), rows * columns, generator=generator, device=generator.device)
         ratio = self.config.mask_ratio + MASK_RATIO_SPAN * step / MASK_RATIO_STEPS
-        return [{}, {"mask_noise": noise, "mask_ratio": ratio}]
+        return [{}, {"mask_noise": noise, "num_kept": int(rows * columns * (1 - ratio))}]
 
     @staticmethod
-    def check_mask(mask_noise: torch.Tensor | None, mask_ratio: float, shape: tuple[int, int]):
-        """Raise a ValueError for a ratio without noise, or noise that is not one number a patch."""
-        if mask_noise is None and mask_ratio:
-            raise ValueError(f"`mask_ratio` is {mask_ratio}, but no `mask_noise` says which patches are left out.")
+    def check_mask(mask_noise: torch.Tensor | None, num_kept: int | None, shape: tuple[int, int]):
+        """Raise a ValueError where only one of the two is given, or they do not fit the (batch, tokens) patches."""
+        if (mask_noise is None) != (num_kept is None):
+            raise ValueError(
+                "`mask_noise` and `num_kept` say together which patches are kept; one of them is missing."
+            )
         if mask_noise is not None and tuple(mask_noise.shape) != shape:
             raise ValueError(f"`mask_noise` is {tuple(mask_noise.shape)}; it must be {shape}, a number a patch.")
+        if num_kept is not None and not 1 <= num_kept <= shape[1]:
+            raise ValueError(f"`num_kept` is {num_kept}; it must be from 1 to {shape[1]}.")
 
     def enable_cache(self, config):
         """Refuse: diffusers' caches skip blocks, which leaves the skip connections without an end."""
@@ -260,20 +220,19 @@ class MDTDenoiser(PatchDenoiser):
         control: torch.Tensor | None = None,
         pooled_projections: torch.Tensor | None = None,
         mask_noise: torch.Tensor | None = None,
-        mask_ratio: float = 0.0,
+        num_kept: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the objective's target; arguments and result as `Denoiser` says.
 
-        With `mask_noise` (batch, tokens) the encoder sees the patches of least noise only, a share of
-        1 − `mask_ratio` of them.
+        With `mask_noise` (batch, tokens) the encoder sees only the `num_kept` patches of least noise.
         """
         conditions = Conditioning(
             encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
         )
         grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
-        self.check_mask(mask_noise, mask_ratio, (len(hidden_states), grid[0] * grid[1]))
+        self.check_mask(mask_noise, num_kept, (len(hidden_states), grid[0] * grid[1]))
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
         embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
@@ -288,7 +247,6 @@ class MDTDenoiser(PatchDenoiser):
         # masking: (batch, tokens, dim) → (batch, kept, dim)
         kept, seen_offsets = None, offsets
         if mask_noise is not None:
-            num_kept = int(mask_noise.shape[1] * (1 - mask_ratio))
             kept = mask_noise.argsort(dim=1)[:, :num_kept]  # (batch, kept)
             hidden_states = hidden_states.gather(1, kept[..., None].expand(-1, -1, hidden_states.shape[-1]))
             seen_offsets = offsets[kept[:, :, None], kept[:, None]]  # (batch, kept, kept)
@@ -307,7 +265,8 @@ class MDTDenoiser(PatchDenoiser):
             hidden_states = hidden_states + decoder_positions
         else:
             index = kept[..., None].expand_as(hidden_states)
-            filled = self.mask_token.expand_as(patches).scatter(1, index, hidden_states) + decoder_positions
+            mask_tokens = self.mask_token.to(hidden_states.dtype).expand_as(patches)
+            filled = mask_tokens.scatter(1, index, hidden_states) + decoder_positions
             is_kept = torch.zeros_like(mask_noise, dtype=torch.bool).scatter(1, kept, True)
             hidden_states = torch.where(is_kept[..., None], filled, run(self.side_block, filled, offsets))
 

@@ -208,7 +208,7 @@ class MMDiTDenoiser(PatchDenoiser):
         """Position embeddings (rows · columns, dim) of a grid of patches."""
         if self.config.position_table_size is None:
             return super().positions_for(grid)
-        return centre_crop(self.positions, *grid).to(self.patch_embedding.proj.weight.dtype)
+        return centre_crop(self.positions, *grid)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

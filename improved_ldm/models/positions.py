@@ -1,6 +1,7 @@
-"""Where a patch is: sin-cos position embeddings on a grid."""
+"""Where a patch is: sin-cos and learned position embeddings on a grid, and biases of relative positions."""
 
 import torch
+from torch import nn
 
 
 def sincos_grid(height: int, width: int, dim: int, extent: float) -> torch.Tensor:
@@ -56,18 +57,66 @@ def centre_crop(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return table.view(side, side, -1)[top : top + height, left : left + width].flatten(0, 1)
 
 
-def interpolate_grid(table: torch.Tensor, from_size: tuple[int, int], to_size: tuple[int, int], **kwargs):
+def interpolate_grid(
+    table: torch.Tensor, from_size: tuple[int, int], to_size: tuple[int, int], **kwargs
+) -> torch.Tensor:
     """A learned table of a grid, interpolated to another grid.
 
     Args:
         table: (height · width, channels), rows of the grid one after the other.
         from_size: (height, width) of the table.
         to_size: (height, width) of the result.
-        kwargs: of `torch.nn.functional.interpolate`.
+        kwargs: of `nn.functional.interpolate`.
 
     Returns:
         (height · width, channels).
+
+    Source: bicubic, as vision transformers are commonly moved; our choice.
     """
     grid = table.view(1, *from_size, -1).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid.float(), to_size, mode="bicubic", **kwargs).to(table.dtype)
+    grid = nn.functional.interpolate(grid.float(), to_size, mode="bicubic", **kwargs).to(table.dtype)
     return grid.permute(0, 2, 3, 1).reshape(to_size[0] * to_size[1], -1)
+
+
+class RelativePositionBias(nn.Module):
+    """What attention adds for the offset between two patches, learned a head.
+
+    Args:
+        num_heads: attention heads.
+        side: patches a side at training.
+
+    Source: BEiT, MDTv2; the last three rows, for a class token that is not there, are kept for its weights' sake.
+    """
+
+    def __init__(self, num_heads: int, side: int):
+        super().__init__()
+        self.side = side
+        self.table = nn.Parameter(torch.empty((2 * side - 1) ** 2 + 3, num_heads))
+        self.zero_start()
+
+    def zero_start(self):
+        """Start from small random biases."""
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches."""
+        trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
+        return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
+
+    def resized(self, side: int) -> torch.Tensor:
+        """The table for a grid of `side` patches a side."""
+        return torch.cat([self.interpolated((side, side)), self.table[-3:]])
+
+    def forward(self, offsets: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        # (..., tokens, tokens) of a grid of patches → (..., heads, tokens, tokens)
+        table = self.table if grid == (self.side, self.side) else self.interpolated(grid)
+        return table[offsets].movedim(-1, -3)
+
+
+def relative_offsets(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Index (tokens, tokens) of the offset between each two patches of a grid in a table of all offsets."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    down = row[:, None] - row + rows - 1
+    across = column[:, None] - column + columns - 1
+    return down * (2 * columns - 1) + across

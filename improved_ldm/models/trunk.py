@@ -240,11 +240,10 @@ class ConditioningTrunk(nn.Module):
 
     def text(self, encoder_hidden_states: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """The text (batch, tokens, text_dim) with the null text in the rows that are null."""
-        null_text = self.null_text.to(self.dtype)  # loading in half precision converts parameters, not buffers
         if encoder_hidden_states is None:
-            return null_text.expand(batch_size, -1, -1)
-        num_tokens, num_nulls = encoder_hidden_states.shape[1], len(null_text)
+            return self.null_text.expand(batch_size, -1, -1)
+        num_tokens, num_nulls = encoder_hidden_states.shape[1], len(self.null_text)
         if num_nulls > 1 and num_tokens > num_nulls:
             raise ValueError(f"`encoder_hidden_states` has {num_tokens} tokens; the null text has {num_nulls}.")
         is_null = encoder_hidden_states.isnan().all(-1, keepdim=True)
-        return torch.where(is_null, null_text[:num_tokens], encoder_hidden_states.to(self.dtype))
+        return torch.where(is_null, self.null_text[:num_tokens], encoder_hidden_states.to(self.dtype))

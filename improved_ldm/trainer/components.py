@@ -79,7 +79,7 @@ def _quiet_transformers():
 
 
 def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None) -> Denoiser:
-    """A fresh denoiser for the latents of an autoencoder.
+    """The denoiser that a run begins with, for the latents of an autoencoder.
 
     Args:
         config: the run.
@@ -87,9 +87,13 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         conditions: `num_classes`, or `text_dim` and `pooled_dim`.
 
     Raises:
-        ValueError: if the resolution does not divide into latent patches, or an option is not one.
+        ValueError: if the resolution does not divide into latent patches, an option is not one, or a pretrained
+            denoiser is made for something else.
     """
     factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
+    if config.denoiser.pretrained is not None:
+        side = config.transform.resolution // factor
+        return _load_denoiser(config.denoiser, sample_size=side, in_channels=latent_channels, **conditions)
     arguments = {
         "sample_size": config.transform.resolution // factor,
         "in_channels": latent_channels,
@@ -113,6 +117,24 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         raise ValueError(
             f"`transform.resolution` is {config.transform.resolution}; it must be a multiple of {multiple} pixels."
         )
+    return denoiser
+
+
+def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:
+    """A trained or converted denoiser.
+
+    Raises:
+        ValueError: where its config differs from what the run needs.
+    """
+    denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "")
+    needed["conditioning"] = config.conditioning
+    for name, value in needed.items():
+        if denoiser.config.get(name) != value:
+            raise ValueError(
+                f"`{name}` of the denoiser in {config.pretrained} is {denoiser.config.get(name)!r}; the run needs "
+                f"{value!r}. `improved_ldm.transfer` moves a denoiser to another resolution or other conditions, "
+                f"`improved_ldm.convert.disentangle` to the disentangled mode."
+            )
     return denoiser
 
 

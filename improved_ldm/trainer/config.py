@@ -15,7 +15,9 @@ from improved_ldm.conditioning.control import ControlWeight
 from improved_ldm.conditioning.text import TextPadding
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction
+from improved_ldm.models.denoiser import PositionTransfer
 from improved_ldm.models.trunk import ConditioningMode
+from improved_ldm.transfer.resolution import NoiseTransfer
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
@@ -68,6 +70,7 @@ class TransformConfig(Section):
     flip_probability: float = Field(0.5, ge=0, le=1)
     reduce_probability: float = Field(0.0, ge=0, le=1)
     min_original_size: int | None = Field(None, ge=1)
+    target_scale: int | None = Field(None, ge=1)
 
 
 class CacheConfig(Section):
@@ -114,6 +117,8 @@ class DenoiserConfig(Section):
     """The denoiser.
 
     Args:
+        pretrained: folder or Hub id of a denoiser to begin from, in place of a fresh one of `name` and `size`.
+        subfolder: of that place, `transformer` or `unet` in a pipeline.
         name: backbone.
         size: `tiny`, `S`, `B`, `L` or `XL`, a slash and the patch size.
         conditioning: `disentangled` or `published`.
@@ -123,6 +128,8 @@ class DenoiserConfig(Section):
             has it, is true by default in the disentangled mode.
     """
 
+    pretrained: str | None = None
+    subfolder: str | None = None
     name: str = "dit"
     size: str = "XL/2"
     conditioning: ConditioningMode = "disentangled"
@@ -230,12 +237,43 @@ class EvaluationConfig(Section):
     num_detail_samples: int = Field(100, ge=1)
 
 
+class StageConfig(Section):
+    """One stage of a run; what it leaves out is as in the run.
+
+    Args:
+        resolution: pixels a side.
+        steps: optimizer steps of the stage.
+        batch_size: images a process and micro-batch.
+        crop_policy: of the stage; `crop_at_target_scale` crops at the scale of the last stage.
+        source: where its images come from.
+        split: part of that set.
+        learning_rate: peak.
+        positions: what becomes of the positions of patches at the switch to this stage.
+        noise: what becomes of the noise schedule at the switch.
+        optimizer: whether the optimizer's moments are carried over the switch or start afresh.
+        average: whether the average of the weights is carried, or starts from the weights.
+    """
+
+    resolution: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    crop_policy: CropPolicy | None = None
+    source: str | None = None
+    split: str | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    positions: PositionTransfer = "resample"
+    noise: NoiseTransfer = "rescale"
+    optimizer: Literal["carry", "reset"] = "carry"
+    average: Literal["carry", "reset"] = "carry"
+
+
 class RunConfig(Section):
     """A training run, whole.
 
     Args:
         output_dir: where everything goes.
         seed: of weights, data order, noise and samples.
+        stages: resolutions to train at, one after the other; none trains at `transform.resolution`.
     """
 
     output_dir: str = "runs/quickstart"
@@ -251,6 +289,34 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    stages: tuple[StageConfig, ...] = ()
+
+    def of_stage(self, number: int) -> "RunConfig":
+        """The configuration of a stage, counted from 0; the last one ends in the run's own folder."""
+        stage, last = self.stages[number], number == len(self.stages) - 1
+        policy = stage.crop_policy or self.transform.crop_policy
+        folder = Path(self.output_dir) / f"stage-{number + 1}-{stage.resolution}"
+        changes = {
+            "output_dir": self.output_dir if last else folder.as_posix(),
+            "data": {"source": stage.source, "split": stage.split},
+            "transform": {
+                "resolution": stage.resolution,
+                "crop_policy": policy,
+                "min_crop": None if policy == "crop_then_resize" else 1.0,  # the other policies know one size
+            },
+            "optimizer": {"learning_rate": stage.learning_rate},
+            "training": {"steps": stage.steps, "batch_size": stage.batch_size},
+            "stages": (),
+        }
+        values = self.model_dump()
+        for section, change in changes.items():
+            if isinstance(change, dict):
+                values[section] |= {key: value for key, value in change.items() if value is not None}
+            else:
+                values[section] = change
+        at_target = policy == "crop_at_target_scale"
+        values["transform"]["target_scale"] = self.stages[-1].resolution if at_target else None
+        return RunConfig.model_validate(values)
 
 
 def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: Path | None = None) -> ConfigType:

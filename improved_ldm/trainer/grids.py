@@ -1,12 +1,14 @@
 """The labelled grid of samples: prompts down, control inputs across, one seed."""
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import torch
 from PIL import Image
 
+from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 matplotlib.use("Agg")
@@ -44,6 +46,18 @@ def draw_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: 
     columns = [_draw(pipeline, rows, seed, arguments) for arguments in variants.values()]
     labels = [row if isinstance(row, str) else _class_name(pipeline, row) for row in rows]
     save_grid(columns, labels, list(variants), file)
+
+
+def grid_drawer(
+    pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, folder: Path
+) -> Callable[[Denoiser, int], None]:
+    """A function of a denoiser and a step that draws the grid of that denoiser into a folder."""
+
+    def draw(denoiser: Denoiser, step: int):
+        pipeline.denoiser = denoiser
+        draw_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
+
+    return draw
 
 
 def _draw(pipeline: ImprovedLDMPipeline, rows: list, seed: int, arguments: dict) -> list[Image.Image]:

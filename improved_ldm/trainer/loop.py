@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ def train(
     objective: Objective,
     batches,
     on_sample: Callable[[Denoiser, int], None] | None = None,
+    averaged: Denoiser | None = None,
+    optimizer_state: dict[str, Any] | None = None,
 ) -> Denoiser:
     """Train a denoiser from the newest checkpoint, or from the start, to the last step of the configuration.
 
@@ -35,10 +38,13 @@ def train(
 
     Args:
         run: configuration, folder and processes.
-        denoiser: the fresh model.
+        denoiser: the model to begin with.
         objective: what it predicts.
         batches: a loader of `EncodedBatch` with `state_dict` and `load_state_dict`.
         on_sample: called on the main process with the averaged model and the step, every `sampling.every` steps.
+        averaged: the average to begin with; default: the model itself.
+        optimizer_state: moments to begin with, of a model with the same parameters; where a shape differs they start
+            afresh.
 
     Returns:
         The averaged denoiser (float32).
@@ -48,7 +54,7 @@ def train(
         SystemExit: after a clean stop.
     """
     config, accelerator = run.config.training, run.accelerator
-    denoiser, optimizer, ema = _prepare(run, denoiser)
+    denoiser, optimizer, ema = _prepare(run, denoiser, averaged, optimizer_state)
     checkpoints = Checkpoints(accelerator, run.folder / "checkpoints", config.keep_checkpoints, ema, batches)
     start = checkpoints.resume()
     progress = Progress(run, start)
@@ -80,11 +86,16 @@ def train(
     return ema.module
 
 
-def _prepare(run: Run, denoiser: Denoiser) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel]:
+def _prepare(
+    run: Run, denoiser: Denoiser, averaged: Denoiser | None, optimizer_state: dict[str, Any] | None
+) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel]:
     """The model and the optimizer on their device, and the running average of the weights (float32)."""
     config, optimizer_config = run.config.training, run.config.optimizer
     denoiser.train().requires_grad_(True)
     ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(optimizer_config.ema_decay))
+    if averaged is not None:
+        ema.module.load_state_dict(averaged.state_dict())
+        ema.n_averaged += 1  # or the first update would copy the model
     ema.requires_grad_(False).eval().to(run.accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -97,8 +108,17 @@ def _prepare(run: Run, denoiser: Denoiser) -> tuple[nn.Module, torch.optim.Optim
         weight_decay=optimizer_config.weight_decay,
         fused=True,  # three times as fast as the default on CPU
     )
+    if optimizer_state is not None:
+        optimizer.load_state_dict(_fitting(optimizer_state, optimizer))
     denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)
     return denoiser, optimizer, ema
+
+
+def _fitting(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The moments of an optimizer's state dict whose shapes fit, with the settings of an optimizer."""
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {i: values for i, values in state["state"].items() if values["exp_avg"].shape == shapes[i]}
+    return {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _check_weights(denoiser: nn.Module, step: int):
@@ -163,6 +183,7 @@ def batch_loss(
     for further in passes:
         with accelerator.autocast():
             prediction = denoiser(noisy, timestep, **conditions.kwargs(), **further, return_dict=False)[0]
+        prediction = prediction[:, : noisy.shape[1]]  # a learned variance, where there is one, is not trained
         loss = loss + objective_loss(objective, prediction, target, timestep) / len(passes)
     return loss
 

@@ -52,7 +52,8 @@ class Progress:
     def __exit__(self, *exception):
         self.bar.close()
         self.flush()
-        self.run.accelerator.end_training()
+        for tracker in self.run.accelerator.trackers:  # `end_training` would end the processes' group as well
+            tracker.finish()
 
     def after_step(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float):
         """Note a step; at log steps read the losses, check that they are finite and record them.

@@ -43,8 +43,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, in order."""
-        matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in matches if match)
+        return checkpoint_steps(self.folder)
 
     def save(self, step: int):
         """Write the checkpoint of a step, all ranks together; it appears when it is complete."""
@@ -88,10 +87,33 @@ class Checkpoints:
         return step
 
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return checkpoint_path(self.folder, step)
 
     def _rank_file(self, path: Path) -> Path:
         return path / f"data-rank{self.accelerator.process_index}.json"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, in order."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The last checkpoint in a folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no checkpoint to begin the next stage with.")
+    return checkpoint_path(folder, steps[-1])
 
 
 def check_same_run(config: BaseModel, folder: Path):

@@ -75,6 +75,20 @@ def test_a_file_with_code_is_not_executed(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("list.pt", [1, 2], "holds no state dict"), ("text.safetensors", None, "cannot be read")],
+)
+def test_files_that_are_no_checkpoints_are_errors(tmp_path, name, content, message):
+    file = tmp_path / name
+    if content is None:
+        file.write_text("no tensors")
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(file)
+
+
 def test_errors_come_without_a_traceback_and_write_nothing(checkpoint, capsys):
     _, folder = checkpoint
     for arguments, message in (

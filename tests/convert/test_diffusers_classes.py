@@ -172,3 +172,35 @@ def test_configurations_that_do_not_convert_are_errors(converted, cls, config, m
 def test_the_class_is_read_from_the_configuration():
     with pytest.raises(ValueError, match="`_class_name` is None; diffusers' classes are DiTTransformer2DModel"):
         from_published("diffusers", {}, {})
+
+
+LEGACY = {  # as the published folders of DiT and PixArt-α have them
+    "_class_name": "Transformer2DModel",
+    "_diffusers_version": "0.12.0.dev0",
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "norm_num_groups": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "legacy"),
+    [
+        (DiTTransformer2DModel, DIT["small"][0], {**LEGACY, "norm_type": "ada_norm_zero"}),
+        (
+            PixArtTransformer2DModel,
+            PIXART["small"][0],
+            {**LEGACY, "norm_type": "ada_norm_single", "cross_attention_dim": 48, "double_self_attention": False},
+        ),
+        (UNet2DConditionModel, SDXL, {"_class_name": "UNet2DConditionModel", "upcast_attention": None}),
+    ],
+    ids=["dit", "pixart", "sdxl"],
+)
+def test_configurations_of_published_folders_convert(randomize, cls, config, legacy):
+    peer = randomize(cls(**config))
+    denoiser = from_published("diffusers", peer.state_dict(), {**config, **legacy})
+    back = to_published("diffusers", denoiser)
+    assert all(torch.equal(back[name], tensor) for name, tensor in peer.state_dict().items())

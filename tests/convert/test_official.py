@@ -54,7 +54,8 @@ def test_the_prediction_is_that_of_the_published_model(name, case_name, load_pub
     if case_name == "case_masked":
         draw = case["rng.rand_mask_ratio_draw"].item()
         ratio = denoiser.config.mask_ratio + 0.2 * draw
-        arguments |= {"mask_noise": case["rng.mask_noise"], "mask_ratio": ratio}
+        noise = case["rng.mask_noise"]
+        arguments |= {"mask_noise": noise, "num_kept": int(noise.shape[1] * (1 - ratio))}
     if case_name == "case_cfg":  # the published guidance repeats the first half of the images
         first_half = arguments["hidden_states"].chunk(2)[0]
         arguments["hidden_states"] = torch.cat([first_half, first_half])
@@ -169,6 +170,8 @@ def test_a_denoiser_that_a_source_cannot_express_is_an_error(tiny_denoiser, load
     denoiser = from_published(published.source, published.state_dict, published.config)
     with pytest.raises(ValueError, match="`downscale_freq_shift` of the denoiser is 0"):
         to_published("diffusers", denoiser)
+    with pytest.raises(ValueError, match="`num_classes` of the denoiser is None; facebookresearch/DiT needs it"):
+        to_published("facebookresearch/DiT", tiny_denoiser("dit", conditioning="published"))
     with pytest.raises(ValueError, match="_class_name"):
         to_published("diffusers", tiny_denoiser("mdt", num_classes=3, conditioning="published"))
 

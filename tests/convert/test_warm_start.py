@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.convert import disentangle, from_published
+from improved_ldm.models.presets import DENOISERS
 from tests.convert.test_diffusers_classes import SD15, SDXL
 
 CONTROL = control_tensor([Control((64, 96), (0, 10), (60, 60), (32, 32), flip=True)] * 2)
@@ -92,6 +93,23 @@ def test_a_step_of_training_reaches_the_new_parts(published):
     embedding = after.trunk.control_embedding
     for level in (embedding.high_level, embedding.low_level):
         assert level.mlp.linear_2.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("num_class_tokens", [1, 2])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_backbone_with_classes_starts_at_its_null_class(tiny_denoiser, name, num_class_tokens):
+    before = tiny_denoiser(name, num_classes=5, num_class_tokens=num_class_tokens, conditioning="published")
+    after, _ = disentangle(before)
+    expected, sample = (
+        model(torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])).sample
+        for model in (before, after)
+    )
+    assert_close(sample, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_pooled_text_alone_has_no_place(tiny_denoiser):
+    with pytest.raises(ValueError, match="pooled text alone"):
+        disentangle(tiny_denoiser("dit", pooled_dim=8, conditioning="published"))
 
 
 def test_a_disentangled_denoiser_is_not_disentangled_again(tiny_denoiser):

@@ -176,3 +176,54 @@ def test_loss_is_float32_for_half_predictions():
     target, _ = latents_and_noise()
     loss = objective_loss(make_objective("epsilon"), (target + 1).half(), target.half(), torch.zeros(4).long())
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@given(scale=st.floats(1, 8), level=st.lists(st.floats(1, 999), min_size=4, max_size=4).map(torch.tensor))
+def test_a_rescaled_objective_adds_noise_of_the_rescaled_signal(prediction, scale, level):
+    before = make_objective(prediction)
+    after = before.rescaled(32, scale * 32)
+    if prediction == "flow":  # the levels themselves move, with the shift of those that are drawn
+        seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+        timesteps = [objective.draw_timesteps(4, seed) for objective, seed in zip((before, after), seeds, strict=True)]
+    else:
+        timesteps = [level.long()] * 2
+    signals, noises = zip(*(levels(o, t) for o, t in zip((before, after), timesteps, strict=True)), strict=True)
+    snr = [(signal.double() / noise.double()) ** 2 for signal, noise in zip(signals, noises, strict=True)]
+    assert_close(snr[1], snr[0] / scale**2, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("prediction", DISCRETE)
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_a_rescaled_objective_keeps_what_it_predicts_and_weighs(prediction, weighting):
+    before = make_objective(prediction, weighting)
+    after = before.rescaled(16, 32)
+    assert (after.prediction, after.loss_weighting) == (prediction, weighting)
+    assert after.sampling_scheduler().config.prediction_type == prediction
+    sampler, forward = after.sampling_scheduler().alphas_cumprod, after.forward_process.alphas_cumprod
+    assert_close(sampler, forward, rtol=0, atol=0)
+    assert after.loss_weight(torch.arange(1000)).isfinite().all()
+
+
+def test_a_rescaled_flow_objective_keeps_its_density():
+    after = FlowObjective(3.0, 0.2, 0.7).rescaled(16, 32)
+    assert (after.shift, after.logit_mean, after.logit_std) == (6.0, 0.2, 0.7)
+    assert after.sampling_scheduler().config.shift == 6.0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_objectives_of_the_same_resolution_add_the_same_noise(prediction):
+    before = make_objective(prediction)
+    latents, noise = latents_and_noise()
+    timestep = before.draw_timesteps(4, torch.Generator().manual_seed(0))
+    same = before.rescaled(32, 32).add_noise(latents, noise, timestep)
+    assert_close(same, before.add_noise(latents, noise, timestep), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_sampler_of_a_rescaled_objective_follows_the_true_target(prediction, steps):
+    objective = make_objective(prediction).rescaled(16, 32)
+    sample, latents, noise = oracle_sample(objective, steps)
+    nearly_clean = objective.add_noise(latents, noise, torch.zeros(4, dtype=torch.long))
+    assert_close(sample, nearly_clean, rtol=2e-3, atol=2e-3)

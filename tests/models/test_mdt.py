@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from improved_ldm.models.mdt import relative_offsets
+from improved_ldm.models.positions import relative_offsets
 
 LEVEL = st.floats(0, 1, exclude_max=True)
-RATIOS = (0.0, 0.3, 0.5, 0.7)
 # of the four patches in a 4 x 4 latent
 NOISE = torch.tensor([[0.1, 0.9, 0.2, 0.8]])
 KEPT, MASKED = (slice(0, 2), slice(0, 2)), (slice(0, 2), slice(2, 4))
@@ -41,21 +40,33 @@ def encoded(model):
 def test_a_pass_that_masks_nothing_is_the_plain_pass(model, make_inputs, size):
     inputs = make_inputs(model, size=size)
     noise = torch.rand(2, size[0] * size[1] // 4)
-    assert_close(run(model, inputs, mask_noise=noise, mask_ratio=0.0), run(model, inputs))
+    assert_close(run(model, inputs, mask_noise=noise, num_kept=noise.shape[1]), run(model, inputs))
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_the_encoder_sees_the_share_that_is_left(model, make_inputs, encoded, ratio):
+@pytest.mark.parametrize("num_kept", [1, 8, 11, 16])
+def test_the_encoder_sees_what_is_kept(model, make_inputs, encoded, num_kept):
     inputs = make_inputs(model, size=(8, 8))
-    masked = run(model, inputs, mask_noise=torch.rand(2, 16), mask_ratio=ratio)
+    masked = run(model, inputs, mask_noise=torch.rand(2, 16), num_kept=num_kept)
     assert masked.shape == (2, 4, 8, 8) and masked.isfinite().all()
-    assert encoded[0].shape == (2, int(16 * (1 - ratio)), 32)
-    assert differ(masked, run(model, inputs)) == (ratio > 0)
+    assert encoded[0].shape == (2, num_kept, 32)
+    assert differ(masked, run(model, inputs)) == (num_kept < 16)
+
+
+def test_masks_that_do_not_fit_are_errors(model, make_inputs):
+    inputs = make_inputs(model)
+    for masking, message in (
+        ({"num_kept": 2}, "one of them is missing"),
+        ({"mask_noise": torch.rand(2, 4)}, "one of them is missing"),
+        ({"mask_noise": torch.rand(2, 5), "num_kept": 2}, r"`mask_noise` is \(2, 5\); it must be \(2, 4\)"),
+        ({"mask_noise": torch.rand(2, 4), "num_kept": 5}, "`num_kept` is 5; it must be from 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, **masking)
 
 
 def test_masked_patches_reach_the_decoder_but_not_the_encoder(model, make_inputs, encoded):
     inputs = make_inputs(model, batch_size=1)
-    masking = {"mask_noise": NOISE, "mask_ratio": 0.5}
+    masking = {"mask_noise": NOISE, "num_kept": 2}
     plain = run(model, inputs, **masking)
     outputs = []
     for rows, columns in (KEPT, MASKED):
@@ -71,7 +82,7 @@ def test_masked_patches_reach_the_decoder_but_not_the_encoder(model, make_inputs
 def test_the_side_block_stands_in_for_masked_patches_only(model, make_inputs):
     inputs, seen = make_inputs(model, batch_size=1), []
     model.decoder_blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    masking = {"mask_noise": NOISE, "mask_ratio": 0.5}
+    masking = {"mask_noise": NOISE, "num_kept": 2}
     run(model, inputs, **masking)
     for parameter in model.side_block.parameters():
         parameter.data += 0.1
@@ -91,39 +102,38 @@ def test_the_plain_pass_reads_neither_side_block_nor_mask_token(model, make_inpu
 def test_the_order_of_the_kept_patches_does_not_matter(model, make_inputs):
     inputs = make_inputs(model, batch_size=1)
     other = torch.tensor([[0.3, 0.6, 0.0, 0.7]])
-    one, two = (run(model, inputs, mask_noise=noise, mask_ratio=0.5) for noise in (NOISE, other))
+    one, two = (run(model, inputs, mask_noise=noise, num_kept=2) for noise in (NOISE, other))
     assert_close(one, two)
-    assert differ(run(model, inputs, mask_noise=1 - NOISE, mask_ratio=0.5), one)
+    assert differ(run(model, inputs, mask_noise=1 - NOISE, num_kept=2), one)
 
 
 def test_rows_of_a_masked_batch_do_not_mix(model, make_inputs):
     inputs, noise = make_inputs(model, batch_size=3, size=(4, 6)), torch.rand(3, 6)
-    batch = run(model, inputs, mask_noise=noise, mask_ratio=0.4)
+    batch = run(model, inputs, mask_noise=noise, num_kept=3)
     for row in range(3):
         part = slice(row, row + 1)
         alone = {name: value[part] for name, value in inputs.items()}
-        assert_close(run(model, alone, mask_noise=noise[part], mask_ratio=0.4)[0], batch[row])
+        assert_close(run(model, alone, mask_noise=noise[part], num_kept=3)[0], batch[row])
 
 
-def test_every_mask_ratio_compiles(fresh_compiler, model, make_inputs):
+def test_every_length_compiles(fresh_compiler, model, make_inputs):
     inputs, noise = make_inputs(model, size=(8, 8)), torch.rand(2, 16)
     levels = torch.arange(9) / 9
     steps = [model.training_passes(inputs["hidden_states"], level.item(), torch.Generator())[1] for level in levels]
-    ratios = [further["mask_ratio"] for further in steps]
-    assert len(set(ratios)) == 9
-    expected = [run(model, inputs, mask_noise=noise, mask_ratio=ratio) for ratio in ratios]
+    lengths = {further["num_kept"] for further in steps}
+    assert lengths == {8, 9, 10, 11}
+    expected = {kept: run(model, inputs, mask_noise=noise, num_kept=kept) for kept in lengths}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for ratio, sample in zip(ratios, expected, strict=True):
-        assert_close(run(compiled, inputs, mask_noise=noise, mask_ratio=ratio), sample)
+    for kept, sample in expected.items():
+        assert_close(run(compiled, inputs, mask_noise=noise, num_kept=kept), sample)
 
 
-def test_blocks_compile_for_every_mask_ratio(fresh_compiler, model, make_inputs):
+def test_blocks_compile_for_every_length(fresh_compiler, model, make_inputs):
     inputs, noise = make_inputs(model, size=(8, 8)), torch.rand(2, 16)
-    ratios = [0.3 + 0.025 * step for step in range(9)]
-    expected = [run(model, inputs, mask_noise=noise, mask_ratio=ratio) for ratio in ratios]
+    expected = {kept: run(model, inputs, mask_noise=noise, num_kept=kept) for kept in range(4, 13)}
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for ratio, sample in zip(ratios, expected, strict=True):
-        assert_close(run(model, inputs, mask_noise=noise, mask_ratio=ratio), sample)
+    for kept, sample in expected.items():
+        assert_close(run(model, inputs, mask_noise=noise, num_kept=kept), sample)
 
 
 def training_passes(model, level, seed=0, batch_size=4, size=(8, 8), generator=None):
@@ -134,13 +144,13 @@ def training_passes(model, level, seed=0, batch_size=4, size=(8, 8), generator=N
 def test_a_training_step_is_a_plain_and_a_masked_pass(tiny_denoiser):
     plain, masked = training_passes(tiny_denoiser("mdt"), 0.0)
     assert plain == {}
-    assert masked["mask_noise"].shape == (4, 16) and masked["mask_ratio"] == 0.3
+    assert masked["mask_noise"].shape == (4, 16) and masked["num_kept"] == 11
 
 
 def test_a_training_step_draws_the_same_for_the_same_level_and_generator(tiny_denoiser):
     model = tiny_denoiser("mdt")
     one, same, other = (training_passes(model, 0.5, seed)[1] for seed in (0, 0, 1))
-    assert one["mask_ratio"] == same["mask_ratio"] == other["mask_ratio"]
+    assert one["num_kept"] == same["num_kept"] == other["num_kept"]
     assert torch.equal(one["mask_noise"], same["mask_noise"])
     assert not torch.equal(one["mask_noise"], other["mask_noise"])
 
@@ -158,11 +168,12 @@ def half_masked(tiny_denoiser):
 
 
 @given(LEVEL, LEVEL)
-def test_the_mask_ratio_rises_with_the_level_in_few_steps(half_masked, first, second):
-    low, high = (training_passes(half_masked, level)[1]["mask_ratio"] for level in sorted((first, second)))
-    assert 0.5 <= low <= high <= 0.7
-    steps = (high - 0.5) / 0.025
-    assert steps == pytest.approx(round(steps), abs=1e-6)
+def test_fewer_patches_are_kept_at_higher_levels_in_few_steps(half_masked, first, second):
+    most, least = (
+        training_passes(half_masked, level, size=(40, 40))[1]["num_kept"] for level in sorted((first, second))
+    )
+    assert 200 >= most >= least >= 119  # of 400 patches; 0.7 is a little more in binary
+    assert (200 - least) % 10 in (0, 1)
 
 
 SIDE = st.integers(1, 6)

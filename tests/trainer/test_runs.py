@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import improved_ldm  # noqa: F401  registers the pipeline
+from improved_ldm.convert import disentangle
 from improved_ldm.models.presets import DENOISERS
 from improved_ldm.trainer.reports import NonFiniteLossError
 from tests.trainer.conftest import ROOT, load_script
@@ -23,7 +24,9 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    component = json.loads((folder / "model_index.json").read_text())
+    name = "unet" if component["unet"][0] else "transformer"
+    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
 
 
 def assert_same_weights(one: Path, other: Path):
@@ -153,8 +156,9 @@ def test_every_backbone_trains_samples_and_loads(arguments, tmp_path, name, cond
     assert image.shape == (32, 32, 3) and np.isfinite(image).all()
 
 
-def test_bfloat16_training(arguments, tmp_path):
-    load_script("train_t2i").main(arguments(**{"training.mixed_precision": "bf16"}))
+@pytest.mark.parametrize("name", DENOISERS)
+def test_bfloat16_training(arguments, tmp_path, name):
+    load_script("train_t2i").main(arguments(**{"training.mixed_precision": "bf16", "denoiser.name": name}))
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
 
 
@@ -204,3 +208,29 @@ def test_other_real_images_train_with_the_same_command(arguments, tmp_path, name
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images_seen"] == 24 * 8
     image = DiffusionPipeline.from_pretrained(tmp_path / "run")("a face", output_type="pt").images
     assert image.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("variance", [False, True], ids=["mean", "variance"])
+def test_a_converted_denoiser_is_trained_on(arguments, tmp_path, tiny_denoiser, variance):
+    published = tiny_denoiser(
+        "pixart",
+        text_dim=96,
+        conditioning="published",
+        sample_size=8,
+        hidden_size=48,
+        out_channels=8 if variance else 4,
+    )
+    disentangled, _ = disentangle(published)
+    disentangled.save_pretrained(tmp_path / "denoiser")
+    load_script("train_t2i").main(arguments(**{"denoiser.pretrained": tmp_path / "denoiser"}))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipeline.denoiser) is type(disentangled)
+    assert pipeline.config.lineage == [{"source": str(tmp_path / "denoiser")}]
+    change = (pipeline.denoiser.modulation.linear.weight - disentangled.modulation.linear.weight).abs().max()
+    assert 0 < change < 0.1
+
+
+def test_a_pretrained_denoiser_of_another_kind_is_an_error(arguments, tmp_path, tiny_denoiser):
+    tiny_denoiser("pixart", text_dim=96, sample_size=4).save_pretrained(tmp_path / "denoiser")
+    with pytest.raises(ValueError, match=r"`sample_size` of the denoiser in .* is 4; the run needs 8"):
+        load_script("train_t2i").main(arguments(**{"denoiser.pretrained": tmp_path / "denoiser"}))

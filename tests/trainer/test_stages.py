@@ -1,0 +1,116 @@
+"""Runs in stages of rising resolution."""
+
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+from improved_ldm.models.presets import DENOISERS
+from improved_ldm.trainer.config import RunConfig, parse_config
+from improved_ldm.trainer.stages import begin_stage, stages_of
+from tests.trainer.conftest import ROOT, load_script
+
+STAGES = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, batch_size: 4, learning_rate: 5.0e-4}]"
+
+
+def denoiser_weights(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    return pipeline.denoiser.state_dict()
+
+
+def staged(arguments, output="run", **overrides):
+    return arguments(output, **{"stages": STAGES, "transform.flip_probability": 0.5, **overrides})
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_a_run_in_two_stages_leaves_a_pipeline_of_each(arguments, tmp_path, name, prediction):
+    load_script("train_t2i").main(staged(arguments, **{"denoiser.name": name, "objective.prediction": prediction}))
+    low, high = (
+        DiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "run" / "stage-1-16", tmp_path / "run")
+    )
+    assert (low.default_size, high.default_size) == (16, 32)
+    assert low.config.lineage is None
+    (step,) = high.config.lineage
+    assert step["resolution"] == [16, 32] and step["steps"] == 4 and step["source"].endswith("stage-1-16")
+    if prediction == "flow":
+        assert high.scheduler.config.shift == 2 * low.scheduler.config.shift
+    else:
+        ratios = [s.alphas_cumprod.double() / (1 - s.alphas_cumprod.double()) for s in (high.scheduler, low.scheduler)]
+        torch.testing.assert_close(4 * ratios[0], ratios[1], rtol=1e-4, atol=0)
+    image = high("a photo of a sneaker", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (32, 32, 3)
+    for folder in (tmp_path / "run", tmp_path / "run" / "stage-1-16"):
+        assert json.loads((folder / "metrics.json").read_text())["images_seen"] > 0
+    assert len(yaml.safe_load((tmp_path / "run" / "stages.yaml").read_text())["stages"]) == 2
+
+
+@pytest.mark.parametrize("stop_at", ["stage-1-16", ""], ids=["first", "second"])
+def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(arguments, tmp_path, monkeypatch, stop_at):
+    script = load_script("train_t2i")
+    script.main(staged(arguments, "whole"))
+
+    from improved_ldm.trainer import loop
+
+    plain = loop.batch_loss
+    folder, calls = tmp_path / "broken" / stop_at, []
+
+    def interrupted(accelerator, denoiser, *rest, **further):
+        calls.append(1)
+        in_stage = denoiser.config.sample_size == (4 if stop_at else 8)
+        if in_stage and len(calls) == (3 if stop_at else 7):
+            signal.raise_signal(signal.SIGTERM)
+        return plain(accelerator, denoiser, *rest, **further)
+
+    monkeypatch.setattr(loop, "batch_loss", interrupted)
+    with pytest.raises(SystemExit):
+        script.main(staged(arguments, "broken"))
+    assert not (folder / "metrics.json").exists()
+    monkeypatch.setattr(loop, "batch_loss", plain)
+    script.main(staged(arguments, "broken"))
+    for part in ("", "stage-1-16"):
+        torch.testing.assert_close(
+            denoiser_weights(tmp_path / "broken" / part), denoiser_weights(tmp_path / "whole" / part), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("carried", ["carry", "reset"])
+def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, carried):
+    stages = STAGES.replace("steps: 4, batch", f"optimizer: {carried}, average: {carried}, steps: 4, batch")
+    argv = staged(arguments, stages=stages)
+    load_script("train_t2i").main(argv)
+    stage = stages_of(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"))[1]
+    low = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-16").denoiser
+    objective = load_script("train_t2i").make_objective("epsilon")
+    start = begin_stage(stage, low, objective)
+    assert start.denoiser.config.sample_size == 8 == 2 * low.config.sample_size
+    if carried == "reset":
+        assert start.averaged is None and start.optimizer_state is None
+        return
+    assert start.optimizer_state["state"]
+    kept, average = start.averaged.state_dict(), low.state_dict()
+    assert all(torch.equal(kept[name], average[name]) for name in average if name != "positions")
+    raw = start.denoiser.state_dict()
+    assert any(not torch.equal(raw[name], kept[name]) for name in kept)
+
+
+def test_a_stage_crops_at_the_scale_of_the_last_one(arguments, tmp_path):
+    stages = STAGES.replace("steps: 4}", "steps: 4, crop_policy: crop_at_target_scale}")
+    config = parse_config(
+        RunConfig, staged(arguments, stages=stages), ROOT / "training" / "configs" / "quickstart.yaml"
+    )
+    first, last = (stage.config for stage in stages_of(config))
+    assert (first.transform.crop_policy, first.transform.target_scale) == ("crop_at_target_scale", 32)
+    assert (last.transform.crop_policy, last.transform.target_scale) == (config.transform.crop_policy, None)
+    assert (first.training.batch_size, last.training.batch_size) == (8, 4)
+    assert (first.optimizer.learning_rate, last.optimizer.learning_rate) == (config.optimizer.learning_rate, 5e-4)
+    assert last.output_dir == config.output_dir
+
+
+def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
+    load_script("train_class_conditional").main(staged(arguments))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.default_size == 32 and len(pipeline.config.lineage) == 1

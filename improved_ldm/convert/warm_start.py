@@ -55,11 +55,9 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
         raise ValueError(f"`conditioning` of the denoiser is {published.config.conditioning!r}, not 'published'.")
     if published.config.num_classes is None and published.config.text_dim is None:
         raise ValueError("the denoiser reads pooled text alone, which has no place in the disentangled mode.")
-    config = {name: value for name, value in published.config.items() if not name.startswith("_")}
     reads_only_published = {"pooled_dim": None, "size_conditions": False}
-    config |= {name: value for name, value in reads_only_published.items() if name in config}
-    denoiser = type(published)(**{**config, "conditioning": "disentangled"})
-    denoiser.type(published.dtype).to(published.device).eval()
+    config = {name: value for name, value in reads_only_published.items() if name in published.config}
+    denoiser = published.remade(conditioning="disentangled", **config)
 
     old, new = published.state_dict(), denoiser.state_dict()
     carried = {name: tensor for name, tensor in old.items() if name in new}

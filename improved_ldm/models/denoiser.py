@@ -127,6 +127,17 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
             )
         return torch.cat([added_cond_kwargs[name] for name in names], dim=1)
 
+    def remade(self, **config) -> "Denoiser":
+        """A fresh model of the same class with other values in its config; dtype, device and modes are the same."""
+        values = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        denoiser = type(self)(**{**values, **config})
+        denoiser.type(self.dtype).to(self.device).train(self.training)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            denoiser.requires_grad_(False)
+        if self.is_gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        return denoiser
+
     def resized(self, sample_size: int, positions: PositionTransfer) -> "Denoiser":
         """A copy of the model for latents of another size.
 
@@ -148,9 +159,7 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         if sample_size == self.config.sample_size:
             return copy.deepcopy(self)
         config, tensors = self.resized_positions(sample_size, positions)
-        old = {name: value for name, value in self.config.items() if not name.startswith("_")}
-        denoiser = type(self)(**{**old, "sample_size": sample_size, **config})
-        denoiser.type(self.dtype).to(self.device).train(self.training)
+        denoiser = self.remade(sample_size=sample_size, **config)
         computed = {name: buffer for name, buffer in denoiser.named_buffers() if name == "positions"}
         denoiser.load_state_dict({**self.state_dict(), **computed, **tensors})
         return denoiser

@@ -188,7 +188,11 @@ class MMDiTDenoiser(PatchDenoiser):
     def resized_positions(
         self, sample_size: int, positions: PositionTransfer
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Config values and tensors of positions for another latent size; a table is made denser, or cropped less."""
+        """Config values and tensors of positions for another latent size; a table is made denser, or cropped less.
+
+        Raises:
+            ValueError: for a table that is too small, or would not keep its centre.
+        """
         side, patch_size = self.config.position_table_size, self.config.patch_size
         if side is None:
             return super().resized_positions(sample_size, positions)
@@ -198,7 +202,16 @@ class MMDiTDenoiser(PatchDenoiser):
                 self.positions, sample_size // patch_size, sample_size // patch_size
             )  # raises if it is too small
             return {"position_extent": extent}, {"positions": self.positions.clone()}
-        new_side = round(side * sample_size / self.config.sample_size)
+        new_side, remainder = divmod(side * sample_size, self.config.sample_size)
+        if (
+            remainder
+            or (side - self.config.sample_size // patch_size) % 2
+            or (new_side - sample_size // patch_size) % 2
+        ):
+            raise ValueError(
+                f"a table of {side} positions a side around {self.config.sample_size // patch_size} patches does not "
+                f"become one around {sample_size // patch_size} with the same centre."
+            )
         config = {"position_extent": extent, "position_table_size": new_side}
         if positions == "resample":
             return config, {}

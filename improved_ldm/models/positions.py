@@ -99,7 +99,10 @@ class RelativePositionBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches."""
+        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches.
+
+        The farthest offsets of the two grids are the same; so those between double by a little less than the patches.
+        """
         trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
         return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
 

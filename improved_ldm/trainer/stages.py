@@ -108,8 +108,7 @@ def write_stages(config: RunConfig):
 
 
 def _like(denoiser: Denoiser, weights: dict[str, torch.Tensor]) -> Denoiser:
-    config = {name: value for name, value in denoiser.config.items() if not name.startswith("_")}
-    model = type(denoiser)(**config)
+    model = denoiser.remade()
     model.load_state_dict(weights)
     return model
 

@@ -51,7 +51,10 @@ def transfer(
         scheduler = rescale_scheduler(scheduler, model.default_size, resolution)
     if resolution != model.default_size:
         change = {"resolution": [model.default_size, resolution], "positions": positions, "noise": noise}
-        config["lineage"] = [*(model.config.lineage or []), {"source": model.name_or_path, **change}]
+        config["lineage"] = [
+            *(model.config.lineage or []),
+            {"source": model.name_or_path and str(model.name_or_path), **change},
+        ]
     settings = {name: config[name] for name in config.keys() - components.keys() if not name.startswith("_")}
     return type(model)(**{**components, "scheduler": scheduler, denoiser.component: denoiser, **settings})
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from improved_ldm.conditioning.guidance import combine_predictions, guidance_terms
+from improved_ldm.conditioning.guidance import combine_predictions, guidance_terms, rescaled_guidance_scale
 
 SCALE = st.floats(-20, 20)
 
@@ -46,3 +46,10 @@ def test_both_scales_follow_the_rule(scale, beta):
     stacked, both, semantic, neither = predictions(terms)
     expected = scale * (beta * both + (1 - beta) * semantic) + (1 - scale) * neither
     assert_close(combine_predictions(stacked, terms), expected, rtol=1e-4, atol=1e-3)
+
+
+@given(st.floats(1, 20), st.floats(1, 8))
+def test_no_guidance_stays_none_and_the_excess_grows_with_the_resolution(scale, factor):
+    assert rescaled_guidance_scale(1.0, 256, 256 * factor) == 1.0
+    rescaled = rescaled_guidance_scale(scale, 256, 256 * factor)
+    assert rescaled - 1 == pytest.approx((scale - 1) * factor, abs=1e-9)

@@ -12,6 +12,7 @@ from improved_ldm.models.presets import DENOISERS
 from improved_ldm.trainer.config import RunConfig, parse_config
 from improved_ldm.trainer.stages import begin_stage, stages_of
 from tests.trainer.conftest import ROOT, load_script
+from tests.trainer.test_runs import assert_same_weights, launch, wait_for
 
 STAGES = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, batch_size: 4, learning_rate: 5.0e-4}]"
 
@@ -75,6 +76,20 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(argume
         torch.testing.assert_close(
             denoiser_weights(tmp_path / "broken" / part), denoiser_weights(tmp_path / "whole" / part), rtol=0, atol=0
         )
+
+
+def test_a_run_that_is_killed_in_its_second_stage_goes_on_to_the_same_weights(arguments, tmp_path):
+    def steps(number):
+        return STAGES.replace("32, steps: 4", f"32, steps: {number}")
+
+    process = launch(staged(arguments, "killed", stages=steps(100_000)))
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000004", process)
+    process.kill()
+    process.wait()
+    reached = max(int(path.name[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    for name in ("killed", "whole"):
+        load_script("train_t2i").main(staged(arguments, name, stages=steps(reached + 3)))
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("carried", ["carry", "reset"])

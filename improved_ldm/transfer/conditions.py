@@ -1,0 +1,264 @@
+"""A trained denoiser to other classes, from classes to text or back, or to another text encoder."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.trunk import ConditioningTrunk
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED_CLASSES = 20
+Rows = list[tuple[int, int]]  # of the new class table, and of the old one
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What became of the weights and classes.
+
+    Args:
+        kept: tensors of the state that are as they were.
+        changed: tensors that were kept in part, or that took in what the null condition contributed.
+        new: tensors that the old model lacks, or has in another size.
+        dropped: tensors that the new model has no place for.
+        matched_classes: names of the classes that are in both models.
+        new_classes: names of the classes that only the new model has.
+        dropped_classes: names of the classes that only the old model has.
+    """
+
+    kept: tuple[str, ...]
+    changed: tuple[str, ...]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+    matched_classes: tuple[str, ...] = ()
+    new_classes: tuple[str, ...] = ()
+    dropped_classes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"kept: {len(self.kept)} tensors"]
+        lines += [f"{part}: {', '.join(getattr(self, part)) or 'nothing'}" for part in ("changed", "new", "dropped")]
+        for part in ("matched", "new", "dropped"):
+            if names := getattr(self, f"{part}_classes"):
+                more = ", …" if len(names) > MAX_LISTED_CLASSES else ""
+                lines.append(f"{part} classes: {len(names)}: {', '.join(names[:MAX_LISTED_CLASSES])}{more}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def change_conditions(
+    denoiser: Denoiser,
+    *,
+    num_classes: int | None = None,
+    text_dim: int | None = None,
+    pooled_dim: int | None = None,
+    class_names: list[str] | None = None,
+    old_class_names: list[str] | None = None,
+) -> tuple[Denoiser, Changes]:
+    """A denoiser with the weights of a trained one and other semantic conditions.
+
+    Conditions that are not given are not read any more. What fits by name and size is kept, classes by their names,
+    and without names a table of as many classes. A condition that is new starts as the null condition: the prediction
+    for it, and for the new null, is what it was for the old null. This is exact
+
+    - where the null is one token: `num_class_tokens` and `num_null_tokens` are 1; else it is the mean of the tokens,
+    - for any number of tokens, but in an mmDiT, where they compete with the image's, for as many as before,
+    - for every text, but in a UNet whose tokens were as wide as the text is now, for the null text alone: such a UNet
+      reads the text with the weights that it has.
+
+    Args:
+        denoiser: of any backbone and mode; it stays as it is.
+        num_classes: classes of a class-conditional model.
+        text_dim: channels of the text tokens of a text-conditional model.
+        pooled_dim: channels of the pooled text, which the published mode of most backbones reads.
+        class_names: of the new classes, in the order of their labels, to be matched with the old ones.
+        old_class_names: of the classes that the denoiser knows, in the order of their labels.
+
+    Returns:
+        The denoiser, and what is kept, changed, new and dropped.
+
+    Raises:
+        ValueError: for classes and text together or neither, text that the mode does not read, numbers below 1, names
+            that are not one a class or are there twice, or a denoiser with adapters.
+
+    Source: Berrada et al., 2024, for the transfer; how new conditions start is our choice.
+    """
+    conditions = {"num_classes": num_classes, "text_dim": text_dim, "pooled_dim": pooled_dim}
+    _check_conditions(denoiser, conditions)
+    _check_names(denoiser, num_classes, class_names, old_class_names)
+
+    changed = denoiser.remade(**{name: value for name, value in conditions.items() if name in denoiser.config})
+    old, fresh = denoiser.state_dict(), changed.state_dict()
+    fits = {
+        name: tensor.clone() for name, tensor in old.items() if name in fresh and tensor.shape == fresh[name].shape
+    }
+    changed.load_state_dict(fits, strict=False, assign=True)
+
+    rows = _matching_rows(denoiser.config.num_classes, num_classes, class_names, old_class_names)
+    for name, trunk in denoiser.named_modules():
+        if isinstance(trunk, ConditioningTrunk):
+            _carry_embedding(trunk, changed.get_submodule(name), rows)
+            _carry_tokens(trunk, changed.get_submodule(name), rows)
+    _carry_values(denoiser, changed)
+
+    report = _report(denoiser, changed, class_names or [], old_class_names or [])
+    logger.warning("%s with other conditions\n%s", type(changed).__name__, report)
+    return changed, report
+
+
+def _check_conditions(denoiser: Denoiser, conditions: dict[str, int | None]):
+    given = {name: value for name, value in conditions.items() if value is not None}
+    mode = denoiser.config.conditioning
+    takes = ("num_classes", *denoiser.text_arguments(mode))
+    for name, value in given.items():
+        if name not in takes:
+            raise ValueError(
+                f"`{name}` is {value}, but a {type(denoiser).__name__} of the {mode!r} mode takes {', '.join(takes)}."
+            )
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be an integer ≥ 1.")
+    if not given or ("num_classes" in given and len(given) > 1):
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in given) or 'nothing'} is given; give `num_classes`, or the text's "
+            f"{' and '.join(f'`{name}`' for name in takes[1:])}."
+        )
+    if getattr(denoiser, "peft_config", None):
+        raise ValueError(f"the denoiser has adapters ({', '.join(denoiser.peft_config)}); fuse or unload them first.")
+
+
+def _check_names(
+    denoiser: Denoiser, num_classes: int | None, class_names: list[str] | None, old_class_names: list[str] | None
+):
+    if (class_names is None) != (old_class_names is None):
+        missing = "class_names" if class_names is None else "old_class_names"
+        raise ValueError(f"`{missing}` is None; classes are matched by `class_names` and `old_class_names` together.")
+    for name, names, number in (
+        ("class_names", class_names, num_classes),
+        ("old_class_names", old_class_names, denoiser.config.num_classes),
+    ):
+        if names is None:
+            continue
+        if len(names) != (number or 0):
+            raise ValueError(f"`{name}` has {len(names)} names; it must have {number or 0}, one a class.")
+        if twice := [one for one, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"`{name}` has {twice[0]!r} more than once; every class needs a name of its own.")
+
+
+def _matching_rows(
+    old_number: int | None, number: int | None, names: list[str] | None, old_names: list[str] | None
+) -> Rows:
+    if names is not None:
+        places = {name: place for place, name in enumerate(old_names)}
+        return [(row, places[name]) for row, name in enumerate(names) if name in places]
+    return [(row, row) for row in range(number or 0)] if number == old_number else []
+
+
+def _carry_rows(old: nn.Embedding, new: nn.Embedding, rows: Rows):
+    """Rows of the classes in both; the null's is the last, and a new class's is the null's."""
+    new.weight.copy_(old.weight[-1].expand_as(new.weight))
+    if rows:
+        places, old_places = torch.tensor(rows, device=new.weight.device).T
+        new.weight[places] = old.weight[old_places]
+
+
+def _carry_embedding(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows):
+    """What class, pooled text and sizes add to the timestep's embedding; the timestep takes in a null that is gone."""
+    if new.class_embedding is not None:
+        if old.class_embedding is None:
+            new.class_embedding.weight.zero_()
+        else:
+            _carry_rows(old.class_embedding, new.class_embedding, rows)
+
+    old_pooled, new_pooled = (getattr(trunk.added_embedding, "pooled_dim", None) or 0 for trunk in (old, new))
+    if new.added_embedding is not None and old.added_embedding is None:
+        _zero(new.added_embedding.mlp.linear_2)
+    elif new.added_embedding is not None and old_pooled != new_pooled:  # beside the pooled text stand the sizes
+        weight = new.added_embedding.mlp.linear_1.weight.zero_()
+        weight[:, new_pooled:] = old.added_embedding.mlp.linear_1.weight[:, old_pooled:]
+
+    if any(
+        (getattr(old, part) is None) != (getattr(new, part) is None) for part in ("class_embedding", "added_embedding")
+    ):
+        new.time_embedding.linear_2.bias += old.null_addition() - new.null_addition()
+
+
+def _null_token(trunk: ConditioningTrunk) -> torch.Tensor | None:
+    """The token (token_dim,) that is attended to for the null condition, the mean where there are several."""
+    if trunk.class_tokens is not None:
+        return trunk.class_tokens.weight[-1].unflatten(-1, (trunk.num_class_tokens, -1)).mean(0)
+    if trunk.text_projection is not None:
+        return trunk.text_projection(trunk.null_text.to(trunk.dtype)).mean(0)
+    return None
+
+
+def _carry_tokens(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows):
+    """Class tokens, or a projection that makes the null token of every text."""
+    null = _null_token(old)
+    if null is None:  # no attention was there; it starts at zero
+        return
+    if new.class_tokens is not None:
+        if old.class_tokens is not None:
+            _carry_rows(old.class_tokens, new.class_tokens, rows)
+        elif new.class_tokens.embedding_dim == new.num_class_tokens * len(null):
+            new.class_tokens.weight.copy_(null.repeat(new.num_class_tokens).expand_as(new.class_tokens.weight))
+    elif new.text_projection is not None:
+        old_linears, linears = (_linears(trunk.text_projection) for trunk in (old, new))
+        if not linears:
+            if new.null_text.shape[-1] == len(null):
+                new.null_text.copy_(null.expand_as(new.null_text))
+        elif not old_linears:
+            linears[-1].weight.zero_()
+            linears[-1].bias.copy_(null)
+        elif old_linears[0].in_features != linears[0].in_features:
+            linears[0].weight.zero_()
+            linears[0].bias.copy_(old_linears[0](old.null_text.to(old.dtype).mean(0)))
+
+
+def _carry_values(old: Denoiser, new: Denoiser):
+    """Where tokens of another width are attended to, their values start at zero and the null's go into the output."""
+    for name, attention in old.named_modules():
+        if not hasattr(attention, "to_v"):
+            continue
+        new_attention = new.get_submodule(name)
+        if attention.to_v.weight.shape != new_attention.to_v.weight.shape:
+            _zero(new_attention.to_v)
+            new_attention.to_out[0].bias.copy_(attention.to_out[0](attention.to_v(_null_token(old.trunk))))
+
+
+def _linears(module: nn.Module | None) -> list[nn.Linear]:
+    return [] if module is None else [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def _zero(module: nn.Module):
+    for parameter in module.parameters():
+        parameter.zero_()
+
+
+def _report(denoiser: Denoiser, changed: Denoiser, names: list[str], old_names: list[str]) -> Changes:
+    old, new = denoiser.state_dict(), changed.state_dict()
+    # tensors of another size that go on in part: rows of class tables, the sizes beside the pooled text
+    partly: tuple[str, ...] = ("class_tokens.weight", "class_embedding.weight")
+    if getattr(changed.trunk.added_embedding, "size_features", 0):
+        partly += ("added_embedding.mlp.linear_1.weight",)
+    parts: dict[str, Any] = {
+        "kept": [],
+        "changed": [],
+        "new": [],
+        "dropped": [name for name in old if name not in new],
+    }
+    for name, tensor in new.items():
+        if name not in old or (tensor.shape != old[name].shape and not name.endswith(partly)):
+            parts["new"].append(name)
+        else:
+            parts["kept" if torch.equal(tensor, old[name]) else "changed"].append(name)
+    known, asked = set(old_names), set(names)
+    classes = {
+        "matched_classes": [name for name in names if name in known],
+        "new_classes": [name for name in names if name not in known],
+        "dropped_classes": [name for name in old_names if name not in asked],
+    }
+    return Changes(**{part: tuple(values) for part, values in (parts | classes).items()})

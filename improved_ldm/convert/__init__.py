@@ -1,6 +1,6 @@
 """Published weights to the family and back; `python -m improved_ldm.convert` turns a checkpoint into a folder."""
 
 from improved_ldm.convert.sources import SOURCES, from_published, to_published
-from improved_ldm.convert.warm_start import WarmStart, disentangle
+from improved_ldm.convert.warm_start import disentangle
 
-__all__ = ["SOURCES", "WarmStart", "disentangle", "from_published", "to_published"]
+__all__ = ["SOURCES", "disentangle", "from_published", "to_published"]

@@ -1,38 +1,18 @@
 """From a published denoiser to a disentangled one that starts where it ended."""
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
+from improved_ldm.models.changes import Changes
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.trunk import ConditioningTrunk
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class WarmStart:
-    """What became of the weights.
-
-    Args:
-        new: parameters that the published model lacks.
-        dropped: parameters that the disentangled model has no place for.
-        moved: parameters that go on under another name, old → new.
-    """
-
-    new: tuple[str, ...]
-    dropped: tuple[str, ...]
-    moved: dict[str, str]
-
-    def __str__(self) -> str:
-        moved = [f"{old} as {new}" for old, new in self.moved.items()]
-        parts = {"new": self.new, "dropped": self.dropped, "moved": moved}
-        return "\n".join(f"{name}: {', '.join(names) or 'nothing'}" for name, names in parts.items())
-
-
 @torch.no_grad()
-def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
+def disentangle(published: Denoiser) -> tuple[Denoiser, Changes]:
     """A disentangled denoiser with the weights of a published one.
 
     What a published embedding adds for the null condition goes into the bias of the timestep's embedding, class
@@ -44,7 +24,7 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
         published: in the published mode; it stays as it is.
 
     Returns:
-        The denoiser, and what is new, dropped and moved.
+        The denoiser, and what became of the weights.
 
     Raises:
         ValueError: for a denoiser in the disentangled mode, or one that reads neither classes nor text tokens.
@@ -72,10 +52,14 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, WarmStart]:
         if isinstance(trunk, ConditioningTrunk):
             denoiser.get_submodule(name).time_embedding.linear_2.bias += trunk.null_addition()
 
-    report = WarmStart(
+    now = denoiser.state_dict()
+    same = [name for name in new if name in old and torch.equal(now[name], old[name])]
+    changes = Changes(
+        kept=tuple(same),
+        changed=tuple(name for name in new if name in old and name not in same),
         new=tuple(name for name in new if name not in carried),
         dropped=tuple(name for name in old if name not in new and name not in moved),
         moved=moved,
     )
-    logger.warning("%s with disentangled conditioning\n%s", type(denoiser).__name__, report)
-    return denoiser, report
+    logger.warning("%s with disentangled conditioning\n%s", type(denoiser).__name__, changes)
+    return denoiser, changes

@@ -76,6 +76,7 @@ def write_card(
         command=metrics["command"],
         evaluation=_evaluation_table(metrics),
         control=pipeline.denoiser.control_inputs,
+        lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
         side=pipeline.default_size,
     )
     file = folder / "README.md"
@@ -106,6 +107,16 @@ def _evaluation_table(metrics: dict[str, Any]) -> str:
         "ships with the package; rows that begin with `real` are what it says of real test images."
     )
     return "\n".join(["| measure | value |", "| --- | --- |", *rows]) + note
+
+
+def _lineage_line(record: dict[str, Any]) -> str:
+    """What a record of the lineage says, in words."""
+    source, details = record["source"] or "a model in memory", {**record}
+    details.pop("source")
+    if "resolution" in details:
+        low, high = details.pop("resolution")
+        details = {"pixels": f"{low} to {high}", **details}
+    return ", ".join([f"`{source}`", *(f"{name} {value}" for name, value in details.items())])
 
 
 def _format(value) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from improved_ldm.models.changes import Changes
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.trunk import ConditioningTrunk
 
@@ -18,30 +19,21 @@ Rows = list[tuple[int, int]]  # of the new class table, and of the old one
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What became of the weights and classes.
+class ConditionChanges(Changes):
+    """What became of weights and classes.
 
     Args:
-        kept: tensors of the state that are as they were.
-        changed: tensors that were kept in part, or that took in what the null condition contributed.
-        new: tensors that the old model lacks, or has in another size.
-        dropped: tensors that the new model has no place for.
         matched_classes: names of the classes that are in both models.
         new_classes: names of the classes that only the new model has.
         dropped_classes: names of the classes that only the old model has.
     """
 
-    kept: tuple[str, ...]
-    changed: tuple[str, ...]
-    new: tuple[str, ...]
-    dropped: tuple[str, ...]
     matched_classes: tuple[str, ...] = ()
     new_classes: tuple[str, ...] = ()
     dropped_classes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"kept: {len(self.kept)} tensors"]
-        lines += [f"{part}: {', '.join(getattr(self, part)) or 'nothing'}" for part in ("changed", "new", "dropped")]
+        lines = [super().__str__()]
         for part in ("matched", "new", "dropped"):
             if names := getattr(self, f"{part}_classes"):
                 more = ", …" if len(names) > MAX_LISTED_CLASSES else ""
@@ -58,7 +50,7 @@ def change_conditions(
     pooled_dim: int | None = None,
     class_names: list[str] | None = None,
     old_class_names: list[str] | None = None,
-) -> tuple[Denoiser, Changes]:
+) -> tuple[Denoiser, ConditionChanges]:
     """A denoiser with the weights of a trained one and other semantic conditions.
 
     Conditions that are not given are not read any more. What fits by name and size is kept, classes by their names,
@@ -238,7 +230,7 @@ def _zero(module: nn.Module):
         parameter.zero_()
 
 
-def _report(denoiser: Denoiser, changed: Denoiser, names: list[str], old_names: list[str]) -> Changes:
+def _report(denoiser: Denoiser, changed: Denoiser, names: list[str], old_names: list[str]) -> ConditionChanges:
     old, new = denoiser.state_dict(), changed.state_dict()
     # tensors of another size that go on in part: rows of class tables, the sizes beside the pooled text
     partly: tuple[str, ...] = ("class_tokens.weight", "class_embedding.weight")
@@ -261,4 +253,4 @@ def _report(denoiser: Denoiser, changed: Denoiser, names: list[str], old_names: 
         "new_classes": [name for name in names if name not in known],
         "dropped_classes": [name for name in old_names if name not in asked],
     }
-    return Changes(**{part: tuple(values) for part, values in (parts | classes).items()})
+    return ConditionChanges(**{part: tuple(values) for part, values in (parts | classes).items()})

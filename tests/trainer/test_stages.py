@@ -42,6 +42,8 @@ def test_a_run_in_two_stages_leaves_a_pipeline_of_each(arguments, tmp_path, name
     else:
         ratios = [s.alphas_cumprod.double() / (1 - s.alphas_cumprod.double()) for s in (high.scheduler, low.scheduler)]
         torch.testing.assert_close(4 * ratios[0], ratios[1], rtol=1e-4, atol=0)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "stage-1-16`, pixels 16 to 32, steps 4, positions resample, noise rescale" in card
     image = high("a photo of a sneaker", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (32, 32, 3)
     for folder in (tmp_path / "run", tmp_path / "run" / "stage-1-16"):

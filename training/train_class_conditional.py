@@ -10,17 +10,17 @@ import time
 from pathlib import Path
 
 from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.data.sources import open_rows
-from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.trainer.batches import open_batches, survey
-from improved_ldm.trainer.components import build_denoiser, load_autoencoder
+from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
 from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_drawer
 from improved_ldm.trainer.loop import train
 from improved_ldm.trainer.run import start_run
-from improved_ldm.trainer.stages import begin_stage, stages_of, write_stages
+from improved_ldm.trainer.stages import begun_stages, check_stages, stages_of
 
 DEFAULT = Path(__file__).parent / "configs" / "fashion_classes.yaml"
 GRID_ROWS = 10
@@ -43,25 +43,23 @@ def main(argv: list[str]):
     if len(counts) > 1:
         raise ValueError(f"the stages' sets have {', '.join(map(str, counts))} classes; they must have the same.")
     (num_classes,) = counts
-    write_stages(config)
+    if any(rows.class_names != data[0].class_names for rows in data):
+        raise ValueError("the stages' sets name their classes differently; a label must mean the same in all of them.")
     run = start_run(stages[0].config)
 
     # The models: the autoencoder stays as it is, the denoiser starts afresh.
     vae = load_autoencoder(config.autoencoder).to(run.accelerator.device)
-    objective = make_objective(**config.objective.model_dump())
+    objective = build_objective(config)
     denoiser = build_denoiser(stages[0].config, vae, num_classes=num_classes)
     labels = list(range(min(GRID_ROWS, num_classes)))
+    check_stages(stages, denoiser, spatial_factor(vae))
 
     # The training: one stage after the other, each in the loop that all scripts share.
-    for stage, rows, first_rows in zip(stages, data, looks, strict=True):
-        start = begin_stage(stage, denoiser, objective)
-        denoiser, objective = start.denoiser, start.objective
-        if stage.is_finished and stage is not stages[-1]:
-            continue
-        run = start_run(stage.config)
+    for stage, run, start in begun_stages(stages, denoiser, objective, config):
+        rows, first_rows = data[stage.number], looks[stage.number]
         pipeline = ImprovedLDMPipeline(
             vae,
-            objective.sampling_scheduler(),
+            start.objective.sampling_scheduler(),
             default_original_size=first_rows.original_side,
             default_guidance_scale=config.sampling.guidance_scale,
             default_num_inference_steps=config.sampling.num_inference_steps,
@@ -71,9 +69,10 @@ def main(argv: list[str]):
         batches = open_batches(run, rows, SampleEncoder(vae))
         draw_samples = grid_drawer(pipeline, labels, run.config.seed, run.folder / "samples")
         pipeline.denoiser = train(
-            run, denoiser, objective, batches, draw_samples, start.averaged, start.optimizer_state
+            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state
         )
         finish(run, pipeline, labels, started)
+        started = time.perf_counter()
     run.accelerator.end_training()
 
 

@@ -10,17 +10,23 @@ import time
 from pathlib import Path
 
 from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.data.sources import open_rows
-from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.trainer.batches import open_batches, survey
-from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
+from improved_ldm.trainer.components import (
+    build_denoiser,
+    build_objective,
+    load_autoencoder,
+    load_text_encoder,
+    text_dims,
+)
 from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import diverse_prompts, grid_drawer
 from improved_ldm.trainer.loop import train
 from improved_ldm.trainer.run import start_run
-from improved_ldm.trainer.stages import begin_stage, stages_of, write_stages
+from improved_ldm.trainer.stages import begun_stages, check_stages, stages_of
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GRID_ROWS = 8
@@ -37,7 +43,6 @@ def main(argv: list[str]):
         for part in (stage.config.data for stage in stages)
     ]
     looks = [survey(rows) for rows in data]
-    write_stages(config)
     run = start_run(stages[0].config)
     device = run.accelerator.device
 
@@ -45,19 +50,16 @@ def main(argv: list[str]):
     vae = load_autoencoder(config.autoencoder).to(device)
     tokenizer, text_encoder = load_text_encoder(config.text)
     encoder = SampleEncoder(vae, tokenizer, text_encoder.to(device), config.text.max_tokens)
-    objective = make_objective(**config.objective.model_dump())
+    objective = build_objective(config)
     denoiser = build_denoiser(stages[0].config, vae, **text_dims(config.denoiser, encoder))
+    check_stages(stages, denoiser, spatial_factor(vae))
 
     # The training: one stage after the other, each in the loop that all scripts share.
-    for stage, rows, first_rows in zip(stages, data, looks, strict=True):
-        start = begin_stage(stage, denoiser, objective)
-        denoiser, objective = start.denoiser, start.objective
-        if stage.is_finished and stage is not stages[-1]:
-            continue
-        run = start_run(stage.config)
+    for stage, run, start in begun_stages(stages, denoiser, objective, config):
+        rows, first_rows = data[stage.number], looks[stage.number]
         pipeline = ImprovedLDMPipeline(
             vae,
-            objective.sampling_scheduler(),
+            start.objective.sampling_scheduler(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             text_padding=config.text.padding,
@@ -74,9 +76,10 @@ def main(argv: list[str]):
         batches = open_batches(run, rows, encoder)
         draw_samples = grid_drawer(pipeline, prompts, run.config.seed, run.folder / "samples")
         pipeline.denoiser = train(
-            run, denoiser, objective, batches, draw_samples, start.averaged, start.optimizer_state
+            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state
         )
         finish(run, pipeline, prompts, started)
+        started = time.perf_counter()
     run.accelerator.end_training()
 
 

@@ -1,7 +1,7 @@
 """What a denoiser is trained to predict: noise (ε), velocity (v) or flow, and how timesteps and losses are weighed."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -48,6 +48,17 @@ class VariancePreservingObjective:
         scheduler = rescale_scheduler(self.scheduler, from_resolution, to_resolution)
         return VariancePreservingObjective(self.prediction, self.loss_weighting, scheduler)
 
+    def with_schedule(self, config: dict[str, Any]) -> "VariancePreservingObjective":
+        """The objective on the schedule of a scheduler's config.
+
+        Raises:
+            ValueError: if that scheduler is for another prediction.
+        """
+        if config.get("prediction_type") != self.prediction:
+            other = config.get("prediction_type", "flow")
+            raise ValueError(f"the scheduler is for the prediction {other!r}, not {self.prediction!r}.")
+        return VariancePreservingObjective(self.prediction, self.loss_weighting, DDIMScheduler.from_config(config))
+
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(batch,) timesteps on the generator's device."""
         return torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator, device=generator.device)
@@ -93,6 +104,16 @@ class FlowObjective:
     def rescaled(self, from_resolution: float, to_resolution: float) -> "FlowObjective":
         """The objective that leaves images of another resolution as uncertain at each timestep."""
         return replace(self, shift=self.shift * to_resolution / from_resolution)
+
+    def with_schedule(self, config: dict[str, Any]) -> "FlowObjective":
+        """The objective with the shift of a scheduler's config.
+
+        Raises:
+            ValueError: if that scheduler is not for a flow.
+        """
+        if "shift" not in config:
+            raise ValueError(f"the scheduler is for the prediction {config.get('prediction_type')!r}, not 'flow'.")
+        return replace(self, shift=config["shift"])
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
         """(batch,) timesteps 1000 · σ on the generator's device."""

@@ -128,7 +128,15 @@ class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterM
         return torch.cat([added_cond_kwargs[name] for name in names], dim=1)
 
     def remade(self, **config) -> "Denoiser":
-        """A fresh model of the same class with other values in its config; dtype, device and modes are the same."""
+        """A fresh model of the same class with other values in its config; dtype, device and modes are the same.
+
+        Raises:
+            ValueError: for a model with adapters, or one whose weights are offloaded.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError(f"the denoiser has adapters ({', '.join(self.peft_config)}); fuse or unload them first.")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("the denoiser's weights are offloaded; take the offloading off first.")
         values = {name: value for name, value in self.config.items() if not name.startswith("_")}
         denoiser = type(self)(**{**values, **config})
         denoiser.type(self.dtype).to(self.device).train(self.training)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 from pathlib import Path
 
 from diffusers import AutoModel
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.latents import SampleEncoder
+from improved_ldm.diffusion.objectives import Objective, make_objective
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.presets import denoiser_class, make_denoiser
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
@@ -118,6 +120,19 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
             f"`transform.resolution` is {config.transform.resolution}; it must be a multiple of {multiple} pixels."
         )
     return denoiser
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """The objective of a run; beside a pretrained denoiser lies the schedule that it was trained with.
+
+    Raises:
+        ValueError: if that denoiser predicts something else.
+    """
+    objective = make_objective(**config.objective.model_dump())
+    place = Path(config.denoiser.pretrained or "") / "scheduler"
+    if config.denoiser.pretrained is None or not place.is_dir():
+        return objective
+    return objective.with_schedule(json.loads((place / "scheduler_config.json").read_text()))
 
 
 def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:

@@ -274,6 +274,7 @@ class RunConfig(Section):
         output_dir: where everything goes.
         seed: of weights, data order, noise and samples.
         stages: resolutions to train at, one after the other; none trains at `transform.resolution`.
+        after: what a stage begins with, in the configuration of a stage alone; a run has nothing to say here.
     """
 
     output_dir: str = "runs/quickstart"
@@ -290,6 +291,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     stages: tuple[StageConfig, ...] = ()
+    after: dict[str, Any] | None = None
 
     def of_stage(self, number: int) -> "RunConfig":
         """The configuration of a stage, counted from 0; the last one ends in the run's own folder."""

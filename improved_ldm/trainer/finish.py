@@ -58,8 +58,8 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     }
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")  # last: with it the run is finished
     run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
     run.say(f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. To use it:\n")
     run.say(usage_lines(folder.as_posix(), pipeline, grid_rows[0]))

@@ -2,16 +2,19 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.state import check_same_run
+
+EVALUATION_TIME = timedelta(hours=3)  # for which processes wait for the main one
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,22 @@ def start_run(config: RunConfig) -> Run:
         mixed_precision=config.training.mixed_precision,
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder / "logs"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_TIME)],
     )
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        values = config.model_dump(mode="json")
-        (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        write_config(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread a process
         torch.set_num_threads(config.training.cpu_threads or max(1, _free_cores() // accelerator.num_processes))
     set_seed(config.seed)
     return Run(config, folder, accelerator)
+
+
+def write_config(config: RunConfig, file: Path):
+    """Keep a configuration as YAML."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = config.model_dump(mode="json")
+    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _free_cores() -> int:

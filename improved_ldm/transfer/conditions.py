@@ -118,8 +118,6 @@ def _check_conditions(denoiser: Denoiser, conditions: dict[str, int | None]):
             f"{', '.join(f'`{name}`' for name in given) or 'nothing'} is given; give `num_classes`, or the text's "
             f"{' and '.join(f'`{name}`' for name in takes[1:])}."
         )
-    if getattr(denoiser, "peft_config", None):
-        raise ValueError(f"the denoiser has adapters ({', '.join(denoiser.peft_config)}); fuse or unload them first.")
 
 
 def _check_names(

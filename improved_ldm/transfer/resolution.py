@@ -32,8 +32,8 @@ def transfer(
         latent_factor: pixels a side of a latent pixel, where `model` is a denoiser; a pipeline knows its own.
 
     Returns:
-        What was given, of the new resolution; a pipeline's `lineage` says what was changed. For the resolution that it
-        has, it is as it was.
+        What was given, of the new resolution; for the resolution that it has, it is as it was. A pipeline's `lineage`
+        says what was changed; its other components are the same objects.
 
     Raises:
         ValueError: for a resolution that does not divide into patches, or a word that is not one of those above.

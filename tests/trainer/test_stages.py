@@ -1,6 +1,7 @@
 """Runs in stages of rising resolution."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 
+from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.models.presets import DENOISERS
 from improved_ldm.trainer.config import RunConfig, parse_config
 from improved_ldm.trainer.stages import begin_stage, stages_of
+from improved_ldm.transfer import transfer
 from tests.trainer.conftest import ROOT, load_script
 from tests.trainer.test_runs import assert_same_weights, launch, wait_for
 
@@ -101,7 +104,8 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     load_script("train_t2i").main(argv)
     stage = stages_of(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"))[1]
     low = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-16").denoiser
-    objective = load_script("train_t2i").make_objective("epsilon")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # or the stage would go on with its own
+    objective = make_objective("epsilon")
     start = begin_stage(stage, low, objective)
     assert start.denoiser.config.sample_size == 8 == 2 * low.config.sample_size
     if carried == "reset":
@@ -131,3 +135,45 @@ def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
     load_script("train_class_conditional").main(staged(arguments))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.default_size == 32 and len(pipeline.config.lineage) == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "overrides", "message"),
+    [
+        (STAGES.replace("32,", "30,"), {}, "`resolution` of a stage is 30; it must be a multiple of 8"),
+        (STAGES.replace("32,", "32, positions: extrapolate,"), {"denoiser.name": "mdt"}, "positions are learned"),
+        (
+            STAGES.replace("16,", "16, crop_policy: crop_at_target_scale,").replace("32,", "8,"),
+            {},
+            "`target_scale` is 8",
+        ),
+    ],
+    ids=["size", "positions", "crop"],
+)
+def test_stages_that_cannot_begin_are_errors_before_the_first_does(arguments, tmp_path, stages, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_script("train_t2i").main(staged(arguments, stages=stages, **overrides))
+    assert not list((tmp_path / "run").rglob("checkpoints"))
+
+
+def test_a_stage_that_began_otherwise_is_not_gone_on_with(arguments):
+    script = load_script("train_t2i")
+    script.main(staged(arguments))
+    with pytest.raises(ValueError, match=r"`after.noise` was 'rescale' and is 'keep'"):
+        script.main(staged(arguments, stages=STAGES.replace("32,", "32, noise: keep,")))
+    with pytest.raises(ValueError, match=r"`after.steps` was 4 and is 6"):
+        script.main(staged(arguments, stages=STAGES.replace("16, steps: 4", "16, steps: 6")))
+
+
+def test_a_transferred_pipeline_is_trained_on_with_its_own_schedule(arguments, tmp_path):
+    script = load_script("train_t2i")
+    script.main(arguments("low", **{"transform.resolution": 16, "objective.prediction": "epsilon"}))
+    high = transfer(DiffusionPipeline.from_pretrained(tmp_path / "low"), 32)
+    high.save_pretrained(tmp_path / "high")
+    source = {"denoiser.pretrained": tmp_path / "high", "denoiser.subfolder": "transformer"}
+    script.main(arguments(**source, **{"objective.prediction": "epsilon"}))
+    trained = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert trained.scheduler.config.trained_betas == high.scheduler.config.trained_betas
+    assert [record["source"] for record in trained.config.lineage] == [str(tmp_path / "low"), str(tmp_path / "high")]
+    with pytest.raises(ValueError, match="for the prediction 'epsilon', not 'flow'"):
+        script.main(arguments("flow", **source))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from improved_ldm.conditioning.control import ControlWeight
 from improved_ldm.conditioning.text import TextPadding
@@ -202,6 +202,11 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     trackers: tuple[str, ...] = ("tensorboard",)
     cpu_threads: int | None = Field(None, ge=1)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value):
+        return "no" if value is False else value  # YAML reads a bare no as false
 
 
 class SamplingConfig(Section):

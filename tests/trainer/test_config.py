@@ -59,3 +59,7 @@ def test_help_lists_every_key_and_its_default(capsys):
         parse_config_or_exit(RunConfig, ["--help"])
     assert stop.value.code == 0
     assert "--optimizer.learning_rate  float  (default: 0.0001)" in capsys.readouterr().out
+
+
+def test_a_bare_no_is_the_word_that_it_looks_like():
+    assert parse_config(RunConfig, ["--training.mixed_precision", "no"]).training.mixed_precision == "no"

@@ -14,6 +14,7 @@ EMBEDDED = Path(improved_ldm.__file__).parent / "assets" / "fashion-mnist"
 TINY = {
     "training.steps": 4,
     "training.batch_size": 8,
+    "training.cpu_threads": 1,
     "denoiser.options": "{hidden_size: 24, num_layers: 1, num_attention_heads: 2}",
     "sampling.every": 2,
     "sampling.num_inference_steps": 2,

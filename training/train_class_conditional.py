@@ -45,17 +45,17 @@ def main(argv: list[str]):
     (num_classes,) = counts
     if any(rows.class_names != data[0].class_names for rows in data):
         raise ValueError("the stages' sets name their classes differently; a label must mean the same in all of them.")
-    run = start_run(stages[0].config)
+    first_run = start_run(stages[0].config)
 
     # The models: the autoencoder stays as it is, the denoiser starts afresh.
-    vae = load_autoencoder(config.autoencoder).to(run.accelerator.device)
+    vae = load_autoencoder(config.autoencoder).to(first_run.accelerator.device)
     objective = build_objective(config)
     denoiser = build_denoiser(stages[0].config, vae, num_classes=num_classes)
     labels = list(range(min(GRID_ROWS, num_classes)))
     check_stages(stages, denoiser, spatial_factor(vae))
 
     # The training: one stage after the other, each in the loop that all scripts share.
-    for stage, run, start in begun_stages(stages, denoiser, objective, config):
+    for stage, run, start in begun_stages(stages, first_run, denoiser, objective, config):
         rows, first_rows = data[stage.number], looks[stage.number]
         pipeline = ImprovedLDMPipeline(
             vae,
@@ -73,7 +73,7 @@ def main(argv: list[str]):
         )
         finish(run, pipeline, labels, started)
         started = time.perf_counter()
-    run.accelerator.end_training()
+    first_run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def main(argv: list[str]):
         for part in (stage.config.data for stage in stages)
     ]
     looks = [survey(rows) for rows in data]
-    run = start_run(stages[0].config)
-    device = run.accelerator.device
+    first_run = start_run(stages[0].config)
+    device = first_run.accelerator.device
 
     # The models: autoencoder and text encoder stay as they are, the denoiser starts afresh.
     vae = load_autoencoder(config.autoencoder).to(device)
@@ -55,7 +55,7 @@ def main(argv: list[str]):
     check_stages(stages, denoiser, spatial_factor(vae))
 
     # The training: one stage after the other, each in the loop that all scripts share.
-    for stage, run, start in begun_stages(stages, denoiser, objective, config):
+    for stage, run, start in begun_stages(stages, first_run, denoiser, objective, config):
         rows, first_rows = data[stage.number], looks[stage.number]
         pipeline = ImprovedLDMPipeline(
             vae,
@@ -80,7 +80,7 @@ def main(argv: list[str]):
         )
         finish(run, pipeline, prompts, started)
         started = time.perf_counter()
-    run.accelerator.end_training()
+    first_run.accelerator.end_training()
 
 
 if __name__ == "__main__":

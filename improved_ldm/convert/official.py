@@ -139,21 +139,28 @@ def sd3_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
         {},
         {"register_length": 0, "rmsnorm": False, "scale_mod_only": False, "swiglu": False, "qkv_bias": True},
         ignored=(
-            *("input_size", "patch_size", "in_channels", "depth", "mlp_ratio", "learn_sigma", "adm_in_channels"),
-            *("context_embedder_config", "out_channels", "pos_embed_scaling_factor", "pos_embed_offset"),
-            *(
-                "pos_embed_max_size",
-                "num_patches",
-                "qk_norm",
-                "x_block_self_attn_layers",
-                "dtype",
-                "device",
-                "verbose",
-            ),
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "depth",
+            "mlp_ratio",
+            "learn_sigma",
+            "adm_in_channels",
+            "context_embedder_config",
+            "out_channels",
+            "pos_embed_scaling_factor",
+            "pos_embed_offset",
+            "pos_embed_max_size",
+            "num_patches",
+            "qk_norm",
+            "x_block_self_attn_layers",
+            "dtype",
+            "device",
+            "verbose",
         ),
     )
-    needed = ("pos_embed", "x_embedder.proj.weight", "context_embedder.weight", "final_layer.linear.weight")
-    needed += ("joint_blocks.0.x_block.mlp.fc1.weight",)
+    fc1 = "joint_blocks.0.x_block.mlp.fc1.weight"
+    needed = ("pos_embed", "x_embedder.proj.weight", "context_embedder.weight", "final_layer.linear.weight", fc1)
     if missing := [name for name in needed if name not in state_dict]:
         raise ValueError(f"the state dict does not fit the source: keys are missing ({', '.join(missing)}).")
     hidden_size, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
@@ -168,7 +175,7 @@ def sd3_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_layers": len({name.split(".")[1] for name in state_dict if name.startswith("joint_blocks.")}),
         "num_attention_heads": hidden_size // (64 if head_norm is None else len(head_norm)),
-        "mlp_ratio": len(state_dict["joint_blocks.0.x_block.mlp.fc1.weight"]) / hidden_size,
+        "mlp_ratio": len(state_dict[fc1]) / hidden_size,
         "qk_norm": head_norm is not None,
         "text_dim": state_dict["context_embedder.weight"].shape[1],
         "pooled_dim": None if pooled is None else pooled.shape[1],

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -18,6 +17,7 @@ from improved_ldm.models.layers import (
     OutputLayer,
     PatchEmbedding,
     initialize,
+    register_block,
 )
 
 
@@ -75,8 +75,7 @@ class DiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate2, self.ff(self.norm2(hidden_states, shift2, scale2)))
 
 
-# lets diffusers' caches find the hidden states in the block's output
-TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+register_block(DiTBlock)
 
 
 class DiTDenoiser(PatchDenoiser):

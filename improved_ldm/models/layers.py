@@ -1,6 +1,7 @@
 """The layers that the denoisers are built of: attention, modulation, patches."""
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
@@ -254,6 +255,16 @@ class OutputLayer(nn.Module):
         patches = self.linear(self.norm(hidden_states, shift, scale))
         patches = patches.unflatten(1, grid).unflatten(-1, (self.patch_size, self.patch_size, self.out_channels))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def register_block(block: type[nn.Module], **indices: int):
+    """Let diffusers' caches find the states in a block's output.
+
+    Args:
+        block: a class of transformer blocks.
+        indices: of `TransformerBlockMetadata`.
+    """
+    TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0, **indices))
 
 
 def initialize(model: nn.Module):

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -20,6 +19,7 @@ from improved_ldm.models.layers import (
     OutputLayer,
     PatchEmbedding,
     initialize,
+    register_block,
 )
 from improved_ldm.models.positions import centre_crop, interpolate_grid
 
@@ -91,10 +91,7 @@ class MMDiTBlock(nn.Module):
         return hidden_states, torch.addcmul(context, context_gate2, self.ff_context(modulated))
 
 
-# lets diffusers' caches find both streams in the block's output
-TransformerBlockRegistry.register(
-    MMDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
-)
+register_block(MMDiTBlock, return_encoder_hidden_states_index=1)
 
 
 class MMDiTDenoiser(PatchDenoiser):
@@ -193,24 +190,19 @@ class MMDiTDenoiser(PatchDenoiser):
         Raises:
             ValueError: for a table that is too small, or would not keep its centre.
         """
-        side, patch_size = self.config.position_table_size, self.config.patch_size
+        side = self.config.position_table_size
         if side is None:
             return super().resized_positions(sample_size, positions)
-        extent = self.config.position_extent or self.config.sample_size // patch_size
+        old, new = (size // self.config.patch_size for size in (self.config.sample_size, sample_size))
+        extent = self.config.position_extent or old
         if positions in ("extrapolate", "keep"):
-            centre_crop(
-                self.positions, sample_size // patch_size, sample_size // patch_size
-            )  # raises if it is too small
+            centre_crop(self.positions, new, new)  # raises if it is too small
             return {"position_extent": extent}, {"positions": self.positions.clone()}
         new_side, remainder = divmod(side * sample_size, self.config.sample_size)
-        if (
-            remainder
-            or (side - self.config.sample_size // patch_size) % 2
-            or (new_side - sample_size // patch_size) % 2
-        ):
+        if remainder or (side - old) % 2 or (new_side - new) % 2:
             raise ValueError(
-                f"a table of {side} positions a side around {self.config.sample_size // patch_size} patches does not "
-                f"become one around {sample_size // patch_size} with the same centre."
+                f"a table of {side} positions a side around {old} patches does not become one around {new} with the "
+                f"same centre."
             )
         config = {"position_extent": extent, "position_table_size": new_side}
         if positions == "resample":

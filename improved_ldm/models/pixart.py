@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -21,6 +20,7 @@ from improved_ldm.models.layers import (
     PatchEmbedding,
     TableModulation,
     initialize,
+    register_block,
 )
 from improved_ldm.models.trunk import SizeEmbedding
 
@@ -63,8 +63,7 @@ class PixArtBlock(nn.Module):
         return torch.addcmul(hidden_states, gate2, self.ff(self.norm2(hidden_states, shift2, scale2)))
 
 
-# lets diffusers' caches find the hidden states in the block's output
-TransformerBlockRegistry.register(PixArtBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+register_block(PixArtBlock)
 
 
 class PixArtDenoiser(PatchDenoiser):

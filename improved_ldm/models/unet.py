@@ -223,27 +223,25 @@ class UNetDenoiser(Denoiser):
 
         # conditions: embedding (batch, 4 · channels), context (batch, context, token_dim), mask (batch, 1, context)
         embedding, context, mask = self.trunk(hidden_states, timestep, conditions, sizes)
-        mask = None if mask is None else mask[:, 0]
+        semantic = {"encoder_hidden_states": context, "encoder_attention_mask": None if mask is None else mask[:, 0]}
 
         # down: (batch, channels, height, width) → (batch, deepest channels, height / 2^levels, width / 2^levels)
         hidden_states = self.conv_in(hidden_states)
         skips = [hidden_states]
         for block in self.down_blocks:
-            attended = {"encoder_hidden_states": context, "encoder_attention_mask": mask} if attends(block) else {}
-            hidden_states, states = block(hidden_states, embedding, **attended)
+            hidden_states, states = block(hidden_states, embedding, **(semantic if attends(block) else {}))
             skips.extend(states)
 
         # middle
-        hidden_states = self.mid_block(
-            hidden_states, embedding, encoder_hidden_states=context, encoder_attention_mask=mask
-        )
+        hidden_states = self.mid_block(hidden_states, embedding, **semantic)
 
         # up: every residual block joins what its counterpart on the way down made
         for block in self.up_blocks:
-            attended = {"encoder_hidden_states": context, "encoder_attention_mask": mask} if attends(block) else {}
             joined = tuple(skips.pop() for _ in block.resnets)[::-1]
             size = skips[-1].shape[-2:] if skips else None  # an odd side does not double
-            hidden_states = block(hidden_states, joined, embedding, upsample_size=size, **attended)
+            hidden_states = block(
+                hidden_states, joined, embedding, upsample_size=size, **(semantic if attends(block) else {})
+            )
 
         # output: (batch, channels, height, width) → (batch, out_channels, height, width)
         sample = self.conv_out(nn.functional.silu(self.conv_norm_out(hidden_states)))

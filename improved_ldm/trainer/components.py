@@ -129,10 +129,10 @@ def build_objective(config: RunConfig) -> Objective:
         ValueError: if that denoiser predicts something else.
     """
     objective = make_objective(**config.objective.model_dump())
-    place = Path(config.denoiser.pretrained or "") / "scheduler"
-    if config.denoiser.pretrained is None or not place.is_dir():
+    if config.denoiser.pretrained is None:
         return objective
-    return objective.with_schedule(json.loads((place / "scheduler_config.json").read_text()))
+    file = Path(config.denoiser.pretrained) / "scheduler" / "scheduler_config.json"
+    return objective.with_schedule(json.loads(file.read_text())) if file.is_file() else objective
 
 
 def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:

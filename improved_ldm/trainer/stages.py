@@ -116,12 +116,13 @@ def check_stages(stages: list[Stage], denoiser: Denoiser, factor: int):
 
 
 def begun_stages(
-    stages: list[Stage], denoiser: Denoiser, objective: Objective, config: RunConfig
+    stages: list[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig
 ) -> Iterator[tuple[Stage, Run, Start]]:
     """Begin the stages one after the other; those that are finished are passed over, but for the last.
 
     Args:
         stages: of the run, checked.
+        run: of the first stage, started.
         denoiser: that the first stage begins with.
         objective: of the first stage.
         config: of the whole run; it is kept in its folder.
@@ -131,7 +132,8 @@ def begun_stages(
         denoiser, objective = start.denoiser, start.objective
         if stage.is_finished and stage is not stages[-1]:
             continue
-        run = start_run(stage.config)
+        if stage.switch is not None:
+            run = start_run(stage.config)
         if config.stages and run.accelerator.is_main_process:
             write_config(config, Path(config.output_dir) / "stages.yaml")
         yield stage, run, start

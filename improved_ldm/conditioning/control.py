@@ -5,8 +5,9 @@ pipeline and embedded by the denoisers. Its columns are known in this file only.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -27,6 +28,8 @@ COLUMNS = (
 NUM_CONTROL = len(COLUMNS)
 
 ControlWeight = Literal["cosine", "constant", "linear", "zero"]
+ControlPart = Literal["size", "crop", "flip"]
+CONTROL_PARTS: tuple[ControlPart, ...] = get_args(ControlPart)
 
 FEATURES_PER_VARIABLE = 64  # sinusoidal features of one scalar
 MAX_PERIOD = 1000  # of the slowest sinusoid; the fastest turns once in 2π
@@ -109,6 +112,11 @@ class Control:
 
 
 CONTROL_INPUTS = frozenset(field.name for field in fields(Control))  # what a caller can steer
+INPUTS_OF_PARTS: dict[ControlPart, frozenset[str]] = {
+    "size": frozenset({"original_size", "target_size"}),
+    "crop": frozenset({"crops_coords_top_left", "crop_size"}),
+    "flip": frozenset({"flip"}),
+}
 
 
 def check_pair(name: str, pair, minimum_is_zero: bool = False):
@@ -166,7 +174,7 @@ def control_weight(
     raise ValueError(f"`control_weight` is {kind!r}; it must be 'cosine', 'linear', 'constant' or 'zero'.")
 
 
-def high_level_variables(control: torch.Tensor) -> torch.Tensor:
+def high_level_variables(control: torch.Tensor, parts: Collection[ControlPart] = CONTROL_PARTS) -> torch.Tensor:
     """φ_h: flip, crop position, crop extent and aspect ratio, free of the image's size in pixels.
 
     The crop is expressed as fractions of the image, so that asking for another `original_size` leaves φ_h as it
@@ -174,14 +182,20 @@ def high_level_variables(control: torch.Tensor) -> torch.Tensor:
 
     Args:
         control: (batch, `NUM_CONTROL`).
+        parts: which of the variables: 1 of `flip`, 4 of `crop`, 1 of `size`, in this order.
 
     Returns:
-        (batch, 6) float32.
+        (batch, 6) float32 of all parts.
     """
     height, width, top, left, crop_height, crop_width, target_height, target_width, flip = control.float().unbind(-1)
-    fractions = [top / height, left / width, crop_height / height, crop_width / width]
-    aspect = torch.log2(target_width / target_height)
-    return torch.stack([*(FRACTION_SCALE * value for value in (flip, *fractions)), OCTAVE_SCALE * aspect], dim=-1)
+    variables = {
+        "flip": [FRACTION_SCALE * flip],
+        "crop": [
+            FRACTION_SCALE * value for value in (top / height, left / width, crop_height / height, crop_width / width)
+        ],
+        "size": [OCTAVE_SCALE * torch.log2(target_width / target_height)],
+    }
+    return torch.stack([value for part, values in variables.items() if part in parts for value in values], dim=-1)
 
 
 def low_level_variables(control: torch.Tensor) -> torch.Tensor:
@@ -269,21 +283,48 @@ class ControlEmbedding(nn.Module):
         weight: the kind of γ_c.
         power: α of the cosine ramp.
         num_train_timesteps: T.
+        parts: of the control that are embedded, at least one; the others are not seen.
+
+    Raises:
+        ValueError: for an unknown weight or part.
 
     Source: Berrada et al., 2024.
     """
 
-    def __init__(self, embedding_dim: int, weight: ControlWeight, power: float, num_train_timesteps: int):
+    def __init__(
+        self,
+        embedding_dim: int,
+        weight: ControlWeight,
+        power: float,
+        num_train_timesteps: int,
+        parts: Collection[ControlPart] = CONTROL_PARTS,
+    ):
         super().__init__()
         control_weight(torch.zeros(1), weight)  # raises for an unknown kind
-        self.weight, self.power, self.num_train_timesteps = weight, power, num_train_timesteps
-        self.high_level = ScalarsEmbedding(6, embedding_dim)
-        self.low_level = ScalarsEmbedding(2, embedding_dim)
+        check_parts(parts)
+        self.weight, self.power, self.num_train_timesteps, self.parts = weight, power, num_train_timesteps, parts
+        num_variables = high_level_variables(null_control(1), parts).shape[1]
+        self.high_level = ScalarsEmbedding(num_variables, embedding_dim)
+        self.low_level = ScalarsEmbedding(2, embedding_dim) if "size" in parts else None
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of the fields of the control that are read."""
+        return frozenset().union(*(INPUTS_OF_PARTS[part] for part in self.parts))
 
     def forward(self, control: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         # (batch, NUM_CONTROL) float32, (batch,) → (batch, embedding_dim)
         null = is_null(control)
-        high = self.high_level(high_level_variables(control), null)
+        high = self.high_level(high_level_variables(control, self.parts), null)
+        if self.low_level is None:
+            return high
         low = self.low_level(low_level_variables(control), null)
         gamma = control_weight(timestep, self.weight, self.power, self.num_train_timesteps)
         return high + gamma[:, None].to(low.dtype) * low
+
+
+def check_parts(parts: Collection[str]):
+    """Raise a ValueError for a part of the control that does not exist."""
+    unknown = set(parts) - set(CONTROL_PARTS)
+    if unknown:
+        raise ValueError(f"`control_parts` has {sorted(unknown)}; it may have {', '.join(CONTROL_PARTS)}.")

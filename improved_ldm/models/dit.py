@@ -7,6 +7,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.denoiser import PatchDenoiser
 from improved_ldm.models.layers import (
@@ -99,6 +100,7 @@ class DiTDenoiser(PatchDenoiser):
         pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
         control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
         control_power: α of the cosine ramp.
+        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
         num_train_timesteps: T.
         position_extent: coordinates that a side of the grid spans; default: its patches at training.
         norm_eps: of the norms before the feed-forwards; 1e-5 in diffusers' DiT.
@@ -135,6 +137,7 @@ class DiTDenoiser(PatchDenoiser):
         pooled_dim: int | None = None,
         control_weight: str = "cosine",
         control_power: float = 1.0,
+        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
         norm_eps: float = NORM_EPS,

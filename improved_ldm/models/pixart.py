@@ -10,6 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.denoiser import PatchDenoiser
 from improved_ldm.models.layers import (
@@ -86,6 +87,7 @@ class PixArtDenoiser(PatchDenoiser):
         text_dim: channels of the text tokens, or None.
         control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
         control_power: α of the cosine ramp.
+        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
         num_train_timesteps: T.
         position_extent: coordinates that a side of the grid spans; default: its patches at training.
         num_null_tokens: tokens of the null text: 1 for any position, or one a position as published (120).
@@ -121,6 +123,7 @@ class PixArtDenoiser(PatchDenoiser):
         text_dim: int | None = None,
         control_weight: str = "cosine",
         control_power: float = 1.0,
+        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
         num_null_tokens: int = 1,

@@ -93,7 +93,7 @@ class ConditioningTrunk(nn.Module):
 
     Args:
         config: of the denoiser; read are `conditioning`, `num_classes`, `num_class_tokens`, `text_dim`,
-            `control_weight`, `control_power` and `num_train_timesteps`.
+            `control_parts`, `control_weight`, `control_power` and `num_train_timesteps`.
         dim: channels of the embedding.
         token_dim: channels of the tokens.
         attends: whether the backbone attends to semantic tokens.
@@ -140,11 +140,11 @@ class ConditioningTrunk(nn.Module):
         self.timestep_features, self.downscale_freq_shift = timestep_features, downscale_freq_shift
 
         self.time_embedding = TimestepEmbedding(timestep_features, dim)
-        self.control_embedding = (
-            None
-            if published
-            else ControlEmbedding(dim, config.control_weight, config.control_power, config.num_train_timesteps)
-        )
+        self.control_embedding = None
+        if config.control_parts and not published:
+            self.control_embedding = ControlEmbedding(
+                dim, config.control_weight, config.control_power, config.num_train_timesteps, config.control_parts
+            )
         embeds_class = published and has_class and embeds_class
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim) if embeds_class else None
         self.added_embedding = added_embedding
@@ -176,7 +176,7 @@ class ConditioningTrunk(nn.Module):
     def control_inputs(self) -> frozenset[str]:
         """Names of the fields of the control that are read."""
         if self.control_embedding is not None:
-            return CONTROL_INPUTS
+            return self.control_embedding.inputs
         return getattr(self.added_embedding, "control_inputs", frozenset())
 
     @property

@@ -10,6 +10,7 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2DCrossAttn, get_d
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.layers import AttentionProcessor
@@ -63,6 +64,7 @@ class UNetDenoiser(Denoiser):
             in LDM.
         control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
         control_power: α of the cosine ramp.
+        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
         num_train_timesteps: T.
 
     Raises:
@@ -99,6 +101,7 @@ class UNetDenoiser(Denoiser):
         size_features: int = 256,
         control_weight: str = "cosine",
         control_power: float = 1.0,
+        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
         num_train_timesteps: int = 1000,
     ):
         super().__init__()

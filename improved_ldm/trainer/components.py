@@ -103,6 +103,7 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         "conditioning": config.denoiser.conditioning,
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,
+        "control_parts": config.denoiser.control_parts,
         **conditions,
     }
     known = inspect.signature(denoiser_class(config.denoiser.name)).parameters

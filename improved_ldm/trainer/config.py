@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from improved_ldm.conditioning.control import ControlWeight
+from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart, ControlWeight
 from improved_ldm.conditioning.text import TextPadding
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction
@@ -124,6 +124,7 @@ class DenoiserConfig(Section):
         conditioning: `disentangled` or `published`.
         control_weight: kind of γ_c.
         control_power: α of the cosine ramp.
+        control_parts: of the control that the denoiser reads: `size`, `crop`, `flip`.
         options: further constructor arguments of the backbone; they win over the size's. `qk_norm`, where the backbone
             has it, is true by default in the disentangled mode.
     """
@@ -135,6 +136,7 @@ class DenoiserConfig(Section):
     conditioning: ConditioningMode = "disentangled"
     control_weight: ControlWeight = "cosine"
     control_power: float = Field(1.0, gt=0)
+    control_parts: tuple[ControlPart, ...] = CONTROL_PARTS
     options: dict[str, Any] = {}
 
 

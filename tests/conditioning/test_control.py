@@ -5,6 +5,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import (
+    CONTROL_INPUTS,
+    CONTROL_PARTS,
+    INPUTS_OF_PARTS,
     NUM_CONTROL,
     Control,
     ControlEmbedding,
@@ -231,3 +234,32 @@ def test_flip_acts_at_every_timestep(randomize):
     for timestep in (0, 500, 1000):
         change = model(plain, torch.tensor([timestep])) - model(mirrored, torch.tensor([timestep]))
         assert change.abs().max() > 1e-3
+
+
+# What each part changes when the other parts stay as they are.
+CHANGED = {
+    "size": Control((64, 48), (16, 8), (32, 32), (32, 32), False),
+    "crop": Control((32, 24), (0, 4), (16, 16), (32, 32), False),
+    "flip": Control((32, 24), (8, 4), (16, 16), (32, 32), True),
+}
+UNCHANGED = Control((32, 24), (8, 4), (16, 16), (32, 32), False)
+
+
+@pytest.mark.parametrize("parts", [("size",), ("crop",), ("flip",), ("size", "flip"), CONTROL_PARTS])
+def test_an_embedding_sees_its_parts_alone(randomize, parts):
+    model = randomize(ControlEmbedding(16, "cosine", 1.0, 1000, parts))
+    plain = model(control_tensor([UNCHANGED]), torch.zeros(1))
+    for part, control in CHANGED.items():
+        change = (model(control_tensor([control]), torch.zeros(1)) - plain).abs().max()
+        assert (change > 1e-3) == (part in parts), part
+    assert model.inputs == frozenset().union(*(INPUTS_OF_PARTS[part] for part in parts))
+
+
+def test_the_parts_share_out_all_inputs():
+    assert frozenset().union(*INPUTS_OF_PARTS.values()) == CONTROL_INPUTS
+    assert sum(map(len, INPUTS_OF_PARTS.values())) == len(CONTROL_INPUTS)
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(ValueError, match=r"`control_parts` has \['colour'\]; it may have size, crop, flip"):
+        ControlEmbedding(16, "cosine", 1.0, 1000, ("size", "colour"))

@@ -60,6 +60,20 @@ def test_a_unet_takes_every_size(tiny_denoiser, make_inputs, conditioning, size)
     assert sample.isfinite().all()
 
 
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_denoiser_reads_the_parts_of_the_control_that_it_is_made_for(tiny_denoiser, make_inputs, name):
+    flips = tiny_denoiser(name, num_classes=5, control_parts=("flip",))
+    assert flips.control_inputs == {"flip"}
+    inputs = make_inputs(flips)
+    mirrored = inputs["control"].clone()
+    mirrored[:, -1] = 1 - mirrored[:, -1]
+    assert differ(run(flips, inputs, control=mirrored), run(flips, inputs))
+    blind = tiny_denoiser(name, num_classes=5, control_parts=())
+    assert not blind.control_inputs and "control" not in blind.inputs
+    with pytest.raises(ValueError, match="`control` is given"):
+        run(blind, inputs)
+
+
 def test_latents_that_do_not_divide_into_patches_are_an_error(patch_denoiser, make_inputs):
     with pytest.raises(ValueError, match=r"5x5 latent pixels.*patch size 2"):
         patch_denoiser(**make_inputs(patch_denoiser, size=(5, 5)))

@@ -8,7 +8,6 @@ widths and inputs, random weights, float32, eager. Every number is a ratio of ou
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.presets import make_denoiser
+from improved_ldm.provenance import device_name
 
 SIZE = "S/2"
 NUM_CLASSES, TEXT_TOKENS, TEXT_DIM = 1000, 77, 768  # of ImageNet and of CLIP ViT-L/14
@@ -219,15 +219,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["backbone", *columns], ["---"] * 5]
     lines += [[row["backbone"], *(cell(row[column]) for column in columns)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the processor that a benchmark runs on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(argv: list[str] | None = None):

@@ -26,9 +26,9 @@ DEFAULT = Path(__file__).parent / "configs" / "fashion_classes.yaml"
 GRID_ROWS = 10
 
 
-def main(argv: list[str]):
+def train_stages(config: RunConfig):
+    """Train every stage of a configuration; each leaves a pipeline, its samples, metrics and card in its folder."""
     started = time.perf_counter()
-    config = parse_config_or_exit(RunConfig, argv, DEFAULT)
     stages = stages_of(config)
 
     # The data: opened and looked at before anything else is done.
@@ -74,6 +74,10 @@ def main(argv: list[str]):
         finish(run, pipeline, labels, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()
+
+
+def main(argv: list[str]):
+    train_stages(parse_config_or_exit(RunConfig, argv, DEFAULT))
 
 
 if __name__ == "__main__":

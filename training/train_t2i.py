@@ -32,9 +32,9 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GRID_ROWS = 8
 
 
-def main(argv: list[str]):
+def train_stages(config: RunConfig):
+    """Train every stage of a configuration; each leaves a pipeline, its samples, metrics and card in its folder."""
     started = time.perf_counter()
-    config = parse_config_or_exit(RunConfig, argv, QUICKSTART)
     stages = stages_of(config)
 
     # The data: opened and looked at before anything else is done.
@@ -81,6 +81,10 @@ def main(argv: list[str]):
         finish(run, pipeline, prompts, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()
+
+
+def main(argv: list[str]):
+    train_stages(parse_config_or_exit(RunConfig, argv, QUICKSTART))
 
 
 if __name__ == "__main__":

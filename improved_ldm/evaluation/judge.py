@@ -1,5 +1,7 @@
 """A small classifier that says what an image shows and whether it is mirrored; its features serve for distances."""
 
+from itertools import accumulate
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -33,14 +35,14 @@ class Judge(ModelMixin, ConfigMixin):
         self.body = nn.Sequential(*stages)
         self.head = nn.Linear(widths[-1], 2 * num_classes)
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the classifier knows of images before it decides.
+    def feature_maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """What each stage sees in images.
 
         Args:
             pixels: (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
 
         Returns:
-            (batch, widths[-1]) features ≥ 0.
+            One (batch, width, height, width) a stage, each at half the resolution of the one before, ≥ 0.
 
         Raises:
             ValueError: for images of another size.
@@ -48,11 +50,19 @@ class Judge(ModelMixin, ConfigMixin):
         size = self.config.sample_size
         if pixels.shape[1:] != (3, size, size):
             raise ValueError(f"`pixels` is {tuple(pixels.shape)}; the judge reads (batch, 3, {size}, {size}).")
-        return self.body(pixels).mean((2, 3))
+        return list(accumulate(self.body, lambda maps, stage: stage(maps), initial=pixels))[1:]
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the classifier knows of images before it decides: (batch, widths[-1]) ≥ 0, of pixels as above."""
+        return self.feature_maps(pixels)[-1].mean((2, 3))
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, `num_classes`, 2) of each class as in the data and mirrored, of features as above."""
+        return self.head(features).unflatten(1, (-1, 2))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, `num_classes`, 2) of each class as in the data and mirrored, of pixels as for `features`."""
-        return self.head(self.features(pixels)).unflatten(1, (-1, 2))
+        """Logits as of `classify`, of pixels as for `feature_maps`."""
+        return self.classify(self.features(pixels))
 
     @torch.no_grad()
     def class_and_flip(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

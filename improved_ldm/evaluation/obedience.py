@@ -1,4 +1,4 @@
-"""Does a pipeline draw what it is asked for? A judge sees classes, orientation and coverage; detail is measured."""
+"""Does a pipeline draw what it is asked for? A judge sees classes and orientation, a probe sees crops."""
 
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -10,13 +10,15 @@ from improved_ldm.data.samples import make_loader
 from improved_ldm.data.sources import Rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.scores import coverage, frechet_distance, high_frequency_energy
+from improved_ldm.evaluation.probe import CROPS, CropProbe
+from improved_ldm.evaluation.scores import frechet_distance, high_frequency_energy, manifold_scores
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 BATCH_SIZE = 250
 # Original sizes asked for in the test of detail, as fractions of the default. Below a half the judge no longer knows
 # many real images that are reduced as far.
 SIZE_FRACTIONS = (1.0, 0.875, 0.75, 0.625, 0.5)
+MAX_PROBE_IMAGES = 1000  # real images that the probe is fitted and tested on, half and half
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ def evaluate_obedience(
         real: test images of the judge's own data set.
         num_samples: images whose class and orientation are judged, half of them asked to be flipped.
         num_coverage_samples: images for coverage and Fréchet distance, none flipped.
-        num_detail_samples: images that are drawn at several original sizes each.
+        num_detail_samples: images that are drawn at several original sizes each, and once more, each with one of
+            several crops.
         seed: image i is drawn from `seed` + i.
 
     Returns:
-        Named shares and distances; the judge's own shares on the real images stand beside them.
+        Named shares and distances; the shares of the judge and the probe on the real images stand beside them.
     """
     num_samples -= num_samples % 2
     prompts, labels = real.prompts(num_samples)
@@ -94,25 +97,30 @@ def evaluate_obedience(
         results["orientation_accuracy"] = _orientation_accuracy(judge, samples, labels, flips)
     if "original_size" in read:
         results |= _detail(pipeline, judge, real, num_detail_samples, seed)
+    if "crop_size" in read:
+        results |= _crop(pipeline, real, num_detail_samples, seed)
 
     prompts, labels = real.prompts(num_coverage_samples)
     fake_features = judge.features(draw(pipeline, prompts, labels, seed + num_samples))
     real_features = judge.features(real.pixels)
     return results | {
-        "coverage": coverage(real_features, fake_features),
+        "coverage": manifold_scores(real_features, fake_features)["coverage"],
         "judge_fid": frechet_distance(real_features, fake_features),
         "num_coverage_samples": num_coverage_samples,
         "num_real_images": len(real.pixels),
     }
 
 
-def draw(pipeline: ImprovedLDMPipeline, prompts: list[str], labels: torch.Tensor, seed: int, **controls):
-    """Samples (images, 3, height, width) in [−1, 1], image i from `seed` + i; control lists are one an image."""
+def draw(pipeline: ImprovedLDMPipeline, prompts: list[str], labels: torch.Tensor, seed: int, **call):
+    """Samples (images, 3, height, width) in [−1, 1], image i from `seed` + i.
+
+    `call` are further arguments of the pipeline; a list has one value an image.
+    """
     pixels = []
     for start in range(0, len(prompts), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
         semantic = {"prompt": prompts[part]} if pipeline.takes_text else {"class_labels": labels[part].tolist()}
-        control = {name: value[part] for name, value in controls.items() if value is not None}
+        control = {name: value[part] if isinstance(value, list) else value for name, value in call.items()}
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts[part]))]
         images = pipeline(**semantic, **control, generator=generators, output_type="pt").images
         pixels.append(images.float().cpu() * 2 - 1)
@@ -133,7 +141,7 @@ def _orientation_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tens
 def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int) -> dict:
     """What a lower `original_size` does to detail and to the class, each image from the same seed at every size."""
     prompts, labels = real.prompts(count)
-    side = pipeline.config.default_original_size
+    side = original_side(pipeline)
     sizes = [max(1, round(side * fraction)) for fraction in SIZE_FRACTIONS]
     samples = [draw(pipeline, prompts, labels, seed, original_size=[(size, size)] * count) for size in sizes]
     energies = [high_frequency_energy(pixels).mean().item() for pixels in samples]
@@ -144,8 +152,25 @@ def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count
         "detail_falls_with_size": all(low < high for high, low in pairwise(energies)),
         "detail_class_kept": sum(kept[1:]) / len(kept[1:]),
         "detail_class_kept_by_size": kept,
-        "real_class_kept_by_size": _class_kept(judge, [_reduced(real.pixels, size) for size in sizes]),
+        "real_class_kept_by_size": _class_kept(judge, [reduced(real.pixels, size) for size in sizes]),
         "num_detail_samples": count,
+    }
+
+
+def _crop(pipeline: ImprovedLDMPipeline, real: RealImages, count: int, seed: int) -> dict:
+    """Share of the samples, each asked for one of `CROPS`, that a probe of real images takes for that crop."""
+    prompts, labels = real.prompts(count)
+    numbers, num_classes = torch.arange(count), len(real.class_names)
+    asked = (numbers % num_classes + numbers // num_classes) % len(CROPS)  # each class meets all of them
+    side = original_side(pipeline)
+    controls = [CROPS[place].controls((side, side)) for place in asked]
+    by_name = {name: [control[name] for control in controls] for name in controls[0]}
+    samples = draw(pipeline, prompts, labels, seed, **by_name)
+    pixels = real.pixels[:MAX_PROBE_IMAGES]
+    probe = CropProbe(pixels[::2])
+    return {
+        "crop_accuracy": (probe(samples) == asked).float().mean().item(),
+        "real_crop_accuracy": probe.accuracy(pixels[1::2]),
     }
 
 
@@ -155,7 +180,12 @@ def _class_kept(judge: Judge, versions: list[torch.Tensor]) -> list[float]:
     return [(found == classes[0]).float().mean().item() for found in classes]
 
 
-def _reduced(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def original_side(pipeline: ImprovedLDMPipeline) -> int:
+    """Shorter side, pixels, of the original size that a pipeline asks for by default."""
+    return pipeline.config.default_original_size or pipeline.default_size
+
+
+def reduced(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """Images (images, 3, height, width) scaled down to `size` pixels a side and up again."""
     small = interpolate(pixels, size=size, mode="bicubic", antialias=True)
     return interpolate(small, size=pixels.shape[-2:], mode="bicubic", antialias=True)

@@ -3,58 +3,145 @@
 import scipy.fft
 import torch
 from torch import nn
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+MAX_DISTANCES = 2**24  # pairwise distances that are held at once: 128 MB
 
-def frechet_distance(real_features: torch.Tensor, fake_features: torch.Tensor) -> float:
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
     """Fréchet distance of two sets of features, each taken as a Gaussian; FID if the features are Inception's.
 
     Args:
-        real_features: (real, dim).
-        fake_features: (fake, dim). Sets of a few times `dim` samples or more give a stable number.
+        real: (real, dim) features.
+        fake: (fake, dim) features. Sets of a few times `dim` samples or more give a stable number.
 
     Returns:
         The distance, ≥ 0; 0 for equal means and covariances.
 
     Raises:
-        ValueError: if the widths differ or a set has fewer than 2 samples.
+        ValueError: if the widths differ, a set has fewer than 2 samples, or a feature is not finite.
 
-    Source: Heusel et al. 2017, as torchmetrics computes it.
+    Source: Heusel et al. 2017, as torchmetrics computes it, with sums in float64.
     """
-    _check_features(real_features, fake_features, at_least=2)
+    _check_features(real, fake, at_least=2)
     identity = nn.Identity()
-    identity.num_features = real_features.shape[1]
-    metric = FrechetInceptionDistance(feature=identity).to(real_features.device)
-    metric.update(real_features.float(), real=True)
-    metric.update(fake_features.float(), real=False)
-    return metric.compute().item()
+    identity.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False).set_dtype(torch.float64).to(real.device)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double().to(real.device), real=False)
+    return max(metric.compute().item(), 0.0)  # rounding may lead below
 
 
-def coverage(real_features: torch.Tensor, fake_features: torch.Tensor, nearest_k: int = 5) -> float:
-    """Share of the real samples that have a fake one nearer than their `nearest_k`-th nearest real neighbour.
+def kernel_distance(
+    real: torch.Tensor, fake: torch.Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """Squared maximum mean discrepancy of two sets of features; KID if the features are Inception's.
+
+    The kernel is (x·y / dim + 1)³. The estimate is unbiased, so that it can be a little below zero.
 
     Args:
-        real_features: (real, dim).
-        fake_features: (fake, dim).
-        nearest_k: neighbours that set the radius around each real sample.
+        real: (real, dim) features.
+        fake: (fake, dim) features.
+        num_subsets: random subsets of both sets that are compared.
+        subset_size: samples a subset, drawn without replacement.
+        seed: of the subsets, which are those of torch-fidelity with the real set as its first input.
 
     Returns:
-        A number in [0, 1]; it falls when samples miss a mode of the real ones.
+        Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: if the widths differ, or there are not more than `nearest_k` real samples.
+        ValueError: if the widths differ, a set is smaller than a subset, or a feature is not finite.
 
-    Source: Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models", Eq. 10.
+    Source: Bińkowski et al. 2018, as torch-fidelity computes it.
     """
-    _check_features(real_features, fake_features, at_least=1)
-    if not 1 <= nearest_k < len(real_features):
+    _check_features(real, fake, at_least=2)
+    _check_count("num_subsets", num_subsets, 1)
+    smaller = min(len(real), len(fake))
+    if not 2 <= subset_size <= smaller:
         raise ValueError(
-            f"`nearest_k` is {nearest_k}; with {len(real_features)} real samples it must be in [1, real)."
+            f"`subset_size` is {subset_size}; with {len(real)} real and {len(fake)} fake samples it must be in "
+            f"[2, {smaller}]."
         )
-    between_reals = torch.cdist(real_features, real_features).fill_diagonal_(0)
-    radii = between_reals.kthvalue(nearest_k + 1, dim=1).values  # the nearest is the sample itself
-    nearest_fake = torch.cdist(real_features, fake_features).amin(1)
-    return (nearest_fake < radii).float().mean().item()
+    result = kid_features_to_metric(
+        real.double(),
+        fake.double(),
+        kid_subsets=num_subsets,
+        kid_subset_size=subset_size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
+
+
+def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """exp E KL(p(y|x) ‖ p(y)): how sure a classifier is of each sample, and how evenly the samples fill its classes.
+
+    Args:
+        probabilities: (samples, classes) whose rows sum to 1.
+        num_splits: parts of the set that are scored apart.
+        seed: of the order in which the samples are split.
+
+    Returns:
+        Mean and standard deviation over the parts, in [1, classes].
+
+    Raises:
+        ValueError: if there are fewer samples than parts, or a row is no distribution.
+
+    Source: Salimans et al. 2016, as torch-fidelity computes it.
+    """
+    _check_count("num_splits", num_splits, 1)
+    _check_set("probabilities", probabilities, at_least=num_splits)
+    probabilities = probabilities.double().cpu()
+    if probabilities.min() < 0 or (probabilities.sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("`probabilities` must be ≥ 0 and each row must sum to 1.")
+    logits = probabilities.clamp(min=torch.finfo(torch.float64).tiny).log()
+    result = isc_features_to_metric(logits, num_splits, rng_seed=seed)
+    return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
+
+
+def manifold_scores(real: torch.Tensor, fake: torch.Tensor, nearest_k: int = 5) -> dict[str, float]:
+    """How far two sets lie in each other, each sample taken as a ball up to its `nearest_k`-th nearest neighbour.
+
+    Args:
+        real: (real, dim) features.
+        fake: (fake, dim) features.
+        nearest_k: neighbours in the same set that set the radius around each sample.
+
+    Returns:
+        precision: share of the fake samples in the ball of some real one, in [0, 1].
+        recall: share of the real samples in the ball of some fake one, in [0, 1].
+        density: real balls that hold a fake sample, a fake sample, over `nearest_k`; about 1 for equal distributions.
+        coverage: share of the real balls that hold a fake sample, in [0, 1]; it falls when a mode is missed.
+
+    Raises:
+        ValueError: if the widths differ, a set has not more than `nearest_k` samples, or a feature is not finite.
+
+    Source: Kynkäänniemi et al. 2019, Eq. 2, for precision and recall, whose balls are closed; Naeem et al. 2020,
+    Eqs. 9 and 10, for density and coverage, whose balls are open as in their code.
+    """
+    _check_count("nearest_k", nearest_k, 1)
+    _check_features(real, fake, at_least=nearest_k + 1)
+    real, fake = real.double(), fake.double().to(real.device)
+    real_radii, fake_radii = _radii(real, nearest_k), _radii(fake, nearest_k)
+
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
+    num_recalled = num_covered = num_held = 0
+    for rows in _row_blocks(len(real), len(fake)):
+        distances = torch.cdist(real[rows], fake)  # (rows, fake)
+        radii = real_radii[rows, None]
+        precise |= (distances <= radii).any(0)
+        num_recalled += (distances <= fake_radii).any(1).sum().item()
+        held = distances < radii
+        num_held += held.sum().item()
+        num_covered += held.any(1).sum().item()
+    return {
+        "precision": precise.double().mean().item(),
+        "recall": num_recalled / len(real),
+        "density": num_held / (nearest_k * len(fake)),
+        "coverage": num_covered / len(real),
+    }
 
 
 def high_frequency_energy(pixels: torch.Tensor) -> torch.Tensor:
@@ -79,11 +166,36 @@ def high_frequency_energy(pixels: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 1e-12, 1 - low / total.clamp(min=1e-12), 0).float()
 
 
-def _check_features(real_features: torch.Tensor, fake_features: torch.Tensor, at_least: int):
-    for name, features in (("real_features", real_features), ("fake_features", fake_features)):
-        if features.ndim != 2 or len(features) < at_least:
-            raise ValueError(f"`{name}` is {tuple(features.shape)}; it must be (samples ≥ {at_least}, dim).")
-    if real_features.shape[1] != fake_features.shape[1]:
-        raise ValueError(
-            f"`real_features` has {real_features.shape[1]} dimensions, `fake_features` {fake_features.shape[1]}."
-        )
+def _radii(features: torch.Tensor, nearest_k: int) -> torch.Tensor:
+    """Distance (samples,) of each sample to its `nearest_k`-th nearest neighbour."""
+    radii = []
+    for rows in _row_blocks(len(features), len(features)):
+        distances = torch.cdist(features[rows], features)
+        radii.append(distances.kthvalue(nearest_k + 1, dim=1).values)  # the nearest is the sample itself
+    return torch.cat(radii)
+
+
+def _row_blocks(num_rows: int, num_columns: int) -> list[slice]:
+    """Slices of the rows of a matrix such that no block has more than `MAX_DISTANCES` values."""
+    size = max(1, MAX_DISTANCES // num_columns)
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def _check_features(real: torch.Tensor, fake: torch.Tensor, at_least: int):
+    _check_set("real", real, at_least)
+    _check_set("fake", fake, at_least)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"`real` has {real.shape[1]} dimensions, `fake` {fake.shape[1]}; they must be as many.")
+
+
+def _check_set(name: str, values: torch.Tensor, at_least: int):
+    if values.ndim != 2 or len(values) < at_least:
+        raise ValueError(f"`{name}` is {tuple(values.shape)}; it must be (samples ≥ {at_least}, dim).")
+    bad = ~values.isfinite().all(1)
+    if bad.any():
+        raise ValueError(f"`{name}` has NaN or infinity in {bad.sum().item()} of {len(values)} samples.")
+
+
+def _check_count(name: str, value: int, at_least: int):
+    if value < at_least:
+        raise ValueError(f"`{name}` is {value}; it must be ≥ {at_least}.")

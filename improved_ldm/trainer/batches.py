@@ -20,8 +20,8 @@ from improved_ldm.data.latents import (
 from improved_ldm.data.samples import make_loader
 from improved_ldm.data.sources import Rows, RowStream
 from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.embedded import resolve
 from improved_ldm.seeds import derive_seed
-from improved_ldm.trainer.components import resolve
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.run import Run
 

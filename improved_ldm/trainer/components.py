@@ -21,28 +21,13 @@ from transformers.utils import logging as transformers_logging
 from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.diffusion.objectives import Objective, make_objective
+from improved_ldm.embedded import resolve
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.presets import denoiser_class, make_denoiser
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
 
-ASSETS = Path(__file__).parents[1] / "assets"
 # model type → the class that is the text tower alone
 TEXT_TOWERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-
-
-def resolve(pretrained: str) -> str:
-    """The folder of an `embedded:` name; any other place as it is.
-
-    Raises:
-        ValueError: for an embedded name that does not exist.
-    """
-    if not pretrained.startswith("embedded:"):
-        return pretrained
-    folder = ASSETS / pretrained.removeprefix("embedded:")
-    if not folder.is_dir():
-        names = ", ".join(f"embedded:{path.name}" for path in sorted(ASSETS.iterdir()) if path.is_dir())
-        raise ValueError(f"{pretrained!r} is not there; the package has {names}.")
-    return str(folder)
 
 
 def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:

@@ -1,27 +1,24 @@
 """The end of a run: the pipeline's folder with its samples, metrics, loss curve and card."""
 
 import json
-import platform
 import resource
-import shlex
-import sys
 import time
-from importlib.metadata import version
-
-import torch
+from collections.abc import Callable
+from typing import Any
 
 from improved_ldm.data.sources import open_rows
+from improved_ldm.embedded import resolve
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.obedience import evaluate_obedience, load_real_images
+from improved_ldm.evaluation.obedience import RealImages, evaluate_obedience, load_real_images
 from improved_ldm.hub.card import usage_lines, write_card
 from improved_ldm.pipeline import ImprovedLDMPipeline
-from improved_ldm.trainer.components import resolve
+from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
+from improved_ldm.trainer.config import EvaluationConfig
 from improved_ldm.trainer.grids import draw_grid
 from improved_ldm.trainer.reports import plot_loss, read_history
 from improved_ldm.trainer.run import Run
 
 NUM_REAL_IMAGES = 2000
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: float):
@@ -42,8 +39,11 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
         plot_loss(history, folder / "loss.png")
     run.say("drawing samples")
     draw_grid(pipeline, grid_rows, run.config.seed, folder / "samples.png")
+    judged = open_judged(run.config.evaluation.judge, run.config.data.source, pipeline.default_size, run.say)
+    if judged is not None:
+        run.say("judging samples")
     metrics = {
-        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "command": launch_command(),
         "loss": history[-1]["loss"] if history else None,
         "images_seen": run.config.training.steps * run.images_per_step,
         "parameters": sum(parameter.numel() for parameter in pipeline.denoiser.parameters()),
@@ -52,44 +52,44 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
         "scheduler": type(pipeline.scheduler).__name__,
         "seed": run.config.seed,
         "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
-        "device": device_name(run),
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "obedience": _obedience(run, pipeline),
+        "device": device_name(run.accelerator.device),
+        "libraries": library_versions(),
+        "obedience": measure_obedience(pipeline, judged, run.config.evaluation, run.config.seed),
     }
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
     write_card(folder, pipeline, config, metrics, grid_rows[0], "samples.png")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")  # last: with it the run is finished
+    write_json(folder / "metrics.json", metrics)  # last: with it the run is finished
     run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
     run.say(f"\n{folder}/ holds the pipeline, samples.png, metrics.json, loss.png and README.md. To use it:\n")
     run.say(usage_lines(folder.as_posix(), pipeline, grid_rows[0]))
 
 
-def device_name(run: Run) -> str:
-    """The name of the device that the run is on."""
-    if run.accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(run.accelerator.device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def open_judged(
+    place: str | None, source: str, side: int, say: Callable[[str], None]
+) -> tuple[Judge, RealImages] | None:
+    """A judge and real images, where the judge knows the data.
 
-
-def _obedience(run: Run, pipeline: ImprovedLDMPipeline) -> dict:
-    """The judge's findings, where it knows the data of the run."""
-    config = run.config.evaluation
-    if config.judge is None:
-        return {}
-    judge = Judge.from_pretrained(resolve(config.judge)).eval()
-    source, side = run.config.data.source, pipeline.default_size
+    Args:
+        place: `embedded:judge` or a folder of a `Judge`; None judges nothing.
+        source: the data set, as `open_rows` takes it.
+        side: pixels a side of the samples.
+        say: told what is done.
+    """
+    if place is None:
+        return None
+    judge = Judge.from_pretrained(resolve(place)).eval()
     if judge.config.data_source != source or judge.config.sample_size != side:
-        run.say(f"not judged: {config.judge} knows {judge.config.data_source} at {judge.config.sample_size} pixels")
+        say(f"not judged: {place} knows {judge.config.data_source} at {judge.config.sample_size} pixels")
+        return None
+    return judge, load_real_images(open_rows(source, "test", label_column="label"), side, NUM_REAL_IMAGES)
+
+
+def measure_obedience(
+    pipeline: ImprovedLDMPipeline, judged: tuple[Judge, RealImages] | None, config: EvaluationConfig, seed: int
+) -> dict[str, Any]:
+    """The judge's findings; none without a judge."""
+    if judged is None:
         return {}
-    run.say("judging samples")
-    real = load_real_images(open_rows(source, "test", label_column="label"), side, NUM_REAL_IMAGES)
-    return evaluate_obedience(
-        pipeline,
-        judge,
-        real,
-        config.num_samples,
-        config.num_coverage_samples,
-        config.num_detail_samples,
-        seed=run.config.seed,
-    )
+    counts = config.num_samples, config.num_coverage_samples, config.num_detail_samples
+    return evaluate_obedience(pipeline, *judged, *counts, seed=seed)

@@ -60,10 +60,15 @@ def start_run(config: RunConfig) -> Run:
     if accelerator.is_main_process:
         write_config(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread a process
-        torch.set_num_threads(config.training.cpu_threads or max(1, _free_cores() // accelerator.num_processes))
+    share_cores(accelerator, config.training.cpu_threads)
     set_seed(config.seed)
     return Run(config, folder, accelerator)
+
+
+def share_cores(accelerator: Accelerator, cpu_threads: int | None):
+    """Set the threads that a process computes with where there is no GPU; None shares the cores among them all."""
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread a process
+        torch.set_num_threads(cpu_threads or max(1, _free_cores() // accelerator.num_processes))
 
 
 def write_config(config: RunConfig, file: Path):

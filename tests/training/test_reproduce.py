@@ -1,97 +1,167 @@
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, PartialState
+import reproduce
 from PIL import Image
+from reproduction.intervals import compare, mean_and_interval
+from reproduction.report import markdown
+from reproduction.summary import write_summary
+from reproduction.tables import SCALES, load_tables
 
-import improved_ldm
-from training import reproduce
+from improved_ldm.data.latents import SampleEncoder
+from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
+from improved_ldm.trainer.config import AutoencoderConfig, TextConfig
 
-EMBEDDED = Path(improved_ldm.__file__).parent / "assets" / "fashion-mnist"
+RESULTS = Path(reproduce.__file__).parent / "results"
+TABLES = load_tables()
+RECORDS = sorted(file for name in TABLES for file in (RESULTS / name).glob("?pu.json"))
 TINY = {
-    "training.steps": 4,
+    "training.steps": 3,
     "training.batch_size": 8,
     "training.cpu_threads": 1,
     "denoiser.options": "{hidden_size: 24, num_layers: 1, num_attention_heads: 2}",
-    "sampling.every": 2,
     "sampling.num_inference_steps": 2,
     "evaluation.num_coverage_samples": 20,
+    "evaluation.num_detail_samples": 4,
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-
-
 @pytest.fixture
-def reproduce_tiny(tmp_path):
-    """Runs arms of seed 0 on a few real images."""
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        rows = datasets.Dataset.from_parquet(str(EMBEDDED / f"{split}.parquet"), cache_dir=str(tmp_path / "datasets"))
-        rows.select(range(100)).to_parquet(tmp_path / "data" / f"{split}.parquet")
+def reproduce_tiny(tmp_path, few_images):
+    """Measures a table on a few real images and returns its record."""
 
-    def run(arms, **changes):
-        values = {"data.source": tmp_path / "data", **TINY, **changes}
+    def run(name, *settings, seeds=("0",), **changes):
+        values = {"data.source": few_images, **TINY, **changes}
+        folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
         options = [f"--{key}={value}" for key, value in values.items()]
-        arguments = ["--output", str(tmp_path), "--seeds", "0", "--from-steps", "2", "--arms", *arms, *options]
-        reproduce.main(["transfer", *arguments])
+        reproduce.main([name, *folders, "--seeds", *seeds, "--settings", *settings, *options])
+        return json.loads((tmp_path / "results" / name / "cpu.json").read_text())
 
     return run
 
 
-def test_arms_are_kept_and_drawn_together(reproduce_tiny, tmp_path, monkeypatch):
-    reproduce_tiny(["default"])
-    kept = (tmp_path / "arms" / "default-seed0.json").read_bytes()
-    trained = []
-    train = reproduce.train
+def runs_in(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/cpu/runs/*/metrics.json")}
 
-    def record(run, *args, **kwargs):
-        trained.append(run.folder.name)
-        return train(run, *args, **kwargs)
 
-    monkeypatch.setattr(reproduce, "train", record)
-    reproduce_tiny(["default", "both"])
-    assert trained == ["both-seed0"]  # neither the low-resolution stage nor the arm that is there
-    assert (tmp_path / "arms" / "default-seed0.json").read_bytes() == kept
+def test_a_table_goes_on_where_it_stopped_and_shares_its_runs(reproduce_tiny, tmp_path):
+    reproduce_tiny("control_parametrisation", "constant", "cosine")
+    first = runs_in(tmp_path)
+    assert len(first) == 2
+    record = reproduce_tiny("control_parametrisation", "constant", "cosine", seeds=("0", "1"))
+    second = runs_in(tmp_path)
+    assert len(second) == 4 and first.items() <= second.items()
+    assert record["seeds"] == [0, 1] and record["scale"] == "cpu" and record["command"].startswith("python ")
+    assert record["measured_with"]["features"]["name"] == "embedded:judge"
+    assert len(record["measured_with"]["features"]["sha256"]) == 64
+    written = tmp_path / "results" / "control_parametrisation"
+    assert (written / "cpu.md").read_text() == markdown(record, "cpu.png")
+    with Image.open(written / "cpu.png") as image:
+        assert min(image.size) > 200
+    for setting in record["settings"].values():
+        assert len(setting["fid"]["seeds"]) == 2
+        assert setting["fid"]["low"] < setting["fid"]["mean"] == np.mean(setting["fid"]["seeds"])
 
-    summary = json.loads((tmp_path / "transfer.json").read_text())
-    assert summary["images"] == [0, 16, 32]
-    assert summary["fid"]["resolution"] == 32
-    assert summary["fid"]["sampler"] == "DDIMScheduler"
-    assert list(summary["arms"]) == ["default", "both"]
-    for arm in summary["arms"].values():
-        assert arm["fid"]["mean"] == arm["fid_of_seeds"]["0"]
-        assert len(arm["fid"]["mean"]) == 3
-    assert summary["arms"]["default"]["as_share_of_budget"]["0"] <= 1
-    with Image.open(tmp_path / "transfer.png") as image:
-        assert min(image.size) > 300
+    shared = reproduce_tiny("control_parts", "none", "all", seeds=("0", "1"))  # all parts, cosine: measured above
+    third = runs_in(tmp_path)
+    assert len(third) == 6 and second.items() <= third.items()
+    assert shared["settings"]["all"]["fid"] == record["settings"]["cosine"]["fid"]
 
-    with pytest.raises(SystemExit, match="other settings"):
-        reproduce_tiny(["both"], **{"sampling.num_inference_steps": 3})
+    at_inference = reproduce_tiny("size_at_inference", "14 px", "28 px", seeds=("0", "1"))
+    assert runs_in(tmp_path) == third
+    assert at_inference["settings"]["28 px"]["fid"]["seeds"] == record["settings"]["cosine"]["fid"]["seeds"]
+    assert len(at_inference["settings"]["14 px"]["fid"]["seeds"]) == 2
+    calls = [set(json.loads(file.read_text())) for file in tmp_path.glob("runs/cpu/runs/*/measures.json")]
+    assert sorted(map(len, calls)) == [1, 1, 1, 1, 3, 3]  # the two runs that were asked for two sizes as well
+
+
+def test_measures_of_what_a_model_does_not_read_are_left_out(reproduce_tiny):
+    record = reproduce_tiny("control_parametrisation", "cosine", **{"denoiser.control_parts": "[flip]"})
+    assert record["settings"]["cosine"]["size_distance"] is None
+    assert record["settings"]["cosine"]["fid"]["mean"] > 0
+
+
+def test_classes_are_measured_without_text(reproduce_tiny):
+    record = reproduce_tiny("class_route", "adaptive norm", "attention")
+    assert set(record["settings"]) == {"adaptive norm", "attention"}
+    assert all(0 <= setting["class_accuracy"]["mean"] <= 1 for setting in record["settings"].values())
+
+
+def test_an_unknown_setting_is_named(reproduce_tiny):
+    with pytest.raises(SystemExit, match=r"error: --settings .*'sine'.*'cosine'"):
+        reproduce_tiny("control_parametrisation", "sine")
+
+
+def test_a_table_without_a_small_scale_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"no settings at scale 'cpu'.*--scale gpu"):
+        reproduce.main(["adam_betas", "--output", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The autoencoder and the encoder that the tables train with."""
+    vae, text = load_autoencoder(AutoencoderConfig()), TextConfig(max_tokens=16)
+    return vae, SampleEncoder(vae, *load_text_encoder(text), text.max_tokens)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", TABLES)
+def test_every_setting_of_every_table_is_a_run(name, scale, models):
+    table = TABLES[name]
+    configs = [table.run_config(setting, scale, []) for setting in table.settings]
+    calls = [table.call(setting) for setting in table.settings]
+    distinct = {
+        json.dumps([config.model_dump(mode="json"), call]) for config, call in zip(configs, calls, strict=True)
+    }
+    assert len(distinct) == len(table.settings)
+    vae, encoder = models
+    for config in configs:
+        first = config.of_stage(0) if config.stages else config
+        text = table.trainer == "train_t2i"
+        conditions = text_dims(config.denoiser, encoder) if text else {"num_classes": 10}
+        denoiser = build_denoiser(first, vae, **conditions)
+        assert denoiser.config.sample_size == first.transform.resolution // 4
 
 
 def test_interval_of_three_seeds_is_students():
-    result = reproduce.mean_and_interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
+    result = mean_and_interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
     assert result["mean"] == [2, 5]
     assert result["high"] == pytest.approx([2 + 4.302653 / 3**0.5, 5])
     assert result["low"] == pytest.approx([2 - 4.302653 / 3**0.5, 5])
 
 
-@pytest.mark.parametrize(("target", "expected"), [(9, 0), (4, 150), (1, 300), (0.5, None)])
-def test_images_to_reach_a_target_lie_between_points(target, expected):
-    assert reproduce.images_to_reach([0, 100, 200, 300], np.array([8.0, 5.0, 3.0, 1.0]), target) == expected
+@pytest.mark.parametrize(
+    ("better", "worse", "lower_is_better", "verdict", "apart"),
+    [
+        ([1.0, 1.1, 1.2], [3.0, 3.1, 3.3], True, "agrees", True),
+        ([1.0, 1.1, 1.2], [3.0, 3.1, 3.3], False, "disagrees", True),
+        ([1.0, 2.0, 3.0], [1.2, 2.2, 3.3], True, "agrees", False),  # pairs say more than the two means
+        ([1.0, 2.0, 3.0], [2.0, 1.0, 3.5], True, "unclear", False),
+    ],
+)
+def test_a_claim_holds_where_the_interval_of_the_pairs_leaves_out_zero(better, worse, lower_is_better, verdict, apart):
+    result = compare(np.array(better), np.array(worse), lower_is_better)
+    assert (result["verdict"], result["intervals_apart"]) == (verdict, apart)
 
 
-def test_target_is_the_last_fid_of_the_default():
-    default = {0: np.array([8.0, 6.0, 4.0]), 1: np.array([8.0, 4.0, 2.0])}
-    both = {0: np.array([8.0, 4.0, 1.0]), 1: np.array([8.0, 6.0, 3.0])}
-    result = reproduce.against_default([0, 100, 200], both, default)
-    assert result["images_to_last_default_fid"] == {"0": 100, "1": None, "mean": pytest.approx(166.67, abs=0.01)}
-    assert result["as_share_of_budget"]["0"] == 0.5
+def test_one_seed_decides_nothing():
+    assert compare(np.array([1.0]), np.array([2.0]), True)["verdict"] == "unclear"
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_committed_tables_say_what_their_records_say(file):
+    record = json.loads(file.read_text())
+    assert len(record["seeds"]) >= 3
+    assert file.with_suffix(".md").read_text() == markdown(record, f"{file.stem}.png")
+    assert file.with_suffix(".png").exists()
+
+
+def test_the_committed_summary_is_up_to_date(tmp_path):
+    for name in [*TABLES, "transfer"]:
+        (tmp_path / name).mkdir()
+        for file in (RESULTS / name).glob("*.json"):
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    write_summary(TABLES, tmp_path)
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()

@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from improved_ldm.evaluation.evaluate import Evaluation, ScoreSettings
+from improved_ldm.evaluation.features import open_features
+from improved_ldm.evaluation.networks import to_bytes
+from improved_ldm.evaluation.reference import open_reference
+from improved_ldm.evaluation.sampling import open_samples
+
+SETTINGS = ScoreSettings(kid_subset_size=20, kid_subsets=10, inception_splits=2, nearest_k=3)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return open_reference("embedded:fashion-mnist", "test", (32, 32), 60, 16)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return open_features("embedded:judge")
+
+
+@pytest.fixture
+def scores(reference, network, tmp_path):
+    """Scores images, (images, 3, 32, 32) in [-1, 1], as a folder of files."""
+
+    def measure(pixels, batch_size=16):
+        for number, image in enumerate(to_bytes(pixels)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:03d}.png")
+        return Evaluation(reference, network, None, SETTINGS, batch_size).scores(open_samples(tmp_path))
+
+    return measure
+
+
+def test_the_reference_itself_scores_best(scores, reference):
+    found = scores(torch.cat(list(reference.batches(16))))
+    assert found["fid"] == pytest.approx(0, abs=1e-6)
+    assert found["kid"] < 0.1  # below zero: the sets are not independent
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert 4 < found["inception_score"] <= 10
+    assert "clip_score" not in found
+
+
+def test_noise_scores_worst(scores):
+    found = scores(torch.rand(60, 3, 32, 32) * 2 - 1)
+    assert found["fid"] > 10
+    assert found["kid"] > 0.5
+    assert found["coverage"] < 0.1
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_scores_do_not_depend_on_the_batch(scores, reference):
+    pixels = torch.cat(list(reference.batches(16))).flip(-1)
+    one, other = scores(pixels, batch_size=60), scores(pixels, batch_size=7)
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((19, 60), "there are 19 reference images; `kid_subset_size` 20 needs at least 20"),
+        ((60, 19), "there are 19 samples; `kid_subset_size` 20"),
+    ],
+)
+def test_too_few_images_are_refused(counts, message):
+    SETTINGS.check(20, 20)
+    with pytest.raises(ValueError, match=message):
+        SETTINGS.check(*counts)
+    with pytest.raises(ValueError, match="`nearest_k` 30 needs at least 31"):
+        SETTINGS.model_copy(update={"nearest_k": 30}).check(30, 40)
+    with pytest.raises(ValueError, match="`inception_splits` 50 needs at least 50"):
+        SETTINGS.model_copy(update={"inception_splits": 50}).check(60, 40)
+
+
+def test_the_record_names_what_the_scores_depend_on(reference, network):
+    record = Evaluation(reference, network, None, SETTINGS, 16).record()
+    assert record["features"] == {"name": "embedded:judge", "sha256": network.sha256}
+    assert record["reference"]["sha256"] == reference.sha256
+    assert record["score_settings"]["nearest_k"] == 3
+    assert record["clip"] is None

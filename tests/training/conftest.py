@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+import improved_ldm
+
+EMBEDDED = Path(improved_ldm.__file__).parent / "assets" / "fashion-mnist"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory) -> Path:
+    """A folder with a hundred real captioned images in each split."""
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_parquet(str(EMBEDDED / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+        rows.select(range(100)).to_parquet(folder / f"{split}.parquet")
+    return folder

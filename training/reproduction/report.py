@@ -1,0 +1,153 @@
+"""A measured table as JSON, Markdown and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from improved_ldm.provenance import write_json
+from reproduction.intervals import DESCRIPTION, compare, mean_and_interval
+from reproduction.measures import MEASURES
+from reproduction.tables import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+Values = dict[str, dict[str, list[float | None]]]  # setting → measure → a value a seed
+
+
+def summarize(table: Table, values: Values, about: dict[str, Any]) -> dict[str, Any]:
+    """The record of a measured table.
+
+    Args:
+        table: what is compared.
+        values: setting → measure → a value a seed, None where the model does not read what it is about.
+        about: scale, seeds, command, device, time, and what the measures depend on.
+    """
+    return {
+        "title": table.title,
+        "claim": table.claim,
+        **about,
+        "interval": DESCRIPTION,
+        "settings": {
+            name: {
+                "overrides": table.settings[name],
+                **{measure: _of_seeds(seeds) for measure, seeds in measures.items()},
+            }
+            for name, measures in values.items()
+        },
+        "expectations": [
+            {**expectation.model_dump(), **_checked(values, **expectation.model_dump())}
+            for expectation in table.expect
+            if {expectation.better, expectation.worse} <= values.keys()
+        ],
+    }
+
+
+def _of_seeds(seeds: list[float | None]) -> dict[str, Any] | None:
+    return None if None in seeds else {"seeds": seeds, **mean_and_interval(np.array(seeds))}
+
+
+def _checked(values: Values, measure: str, better: str, worse: str) -> dict[str, Any]:
+    arrays = (np.array(values[setting][measure]) for setting in (better, worse))
+    return compare(*arrays, MEASURES[measure].lower_is_better)
+
+
+def write_report(record: dict[str, Any], folder: Path, scale: str):
+    """Write `SCALE.json`, `SCALE.md` and `SCALE.png` of a table into its folder."""
+    write_json(folder / f"{scale}.json", record)
+    (folder / f"{scale}.md").write_text(markdown(record, f"{scale}.png"))
+    plot(record, folder / f"{scale}.png")
+
+
+def markdown(record: dict[str, Any], picture: str) -> str:
+    """The table, what it says of the claim, and how it was made."""
+    measures = measures_of(record)
+    arrows = ["↓" if MEASURES[name].lower_is_better else "↑" for name in measures]
+    titles = [f"{MEASURES[name].title} {arrow}" for name, arrow in zip(measures, arrows, strict=True)]
+    rows = [
+        "| " + " | ".join([setting, *(interval_text(values[name]) for name in measures)]) + " |"
+        for setting, values in record["settings"].items()
+    ]
+    lines = [
+        f"# {record['title']}",
+        "",
+        record["claim"],
+        "",
+        "| | " + " | ".join(titles) + " |",
+        "| --- |" + " --- |" * len(measures),
+        *rows,
+        "",
+        *(f"- {expectation_text(expectation)}" for expectation in record["expectations"]),
+        "",
+        f"![{record['title']}]({picture})",
+        "",
+        f"Mean over {len(record['seeds'])} seeds and {record['interval']}. Features: "
+        f"`{record['measured_with']['features']['name']}`; reference: {record['measured_with']['reference']}; "
+        f"{record['measured_with']['samples']} samples a run, guidance {record['measured_with']['guidance_scale']}, "
+        f"{record['measured_with']['num_inference_steps']} steps of {record['sampler']}. "
+        f"{record['device']}; {record['seconds_a_run']:.0f} seconds a run.",
+        "",
+        f"    {record['command']}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def measures_of(record: dict[str, Any]) -> list[str]:
+    """Names of the measures of a record, in the order of its columns."""
+    first = next(iter(record["settings"].values()))
+    return [name for name in first if name in MEASURES]
+
+
+def interval_text(value: dict[str, Any] | None) -> str:
+    """A mean with its interval, to the digits that the interval bears."""
+    if value is None:
+        return "–"
+    if value["low"] is None:
+        return f"{value['mean']:.3g}"
+    width = value["high"] - value["mean"]
+    digits = max(0, 1 - int(np.floor(np.log10(width)))) if width > 0 else 3
+    return f"{value['mean']:.{digits}f} ± {width:.{digits}f}"
+
+
+def expectation_text(expectation: dict[str, Any]) -> str:
+    """What a comparison says of its claim, in words."""
+    measure = MEASURES[expectation["measure"]]
+    better = "lower" if measure.lower_is_better else "higher"
+    said = f"{measure.title} of {expectation['better']} {better} than of {expectation['worse']}"
+    apart = "intervals apart" if expectation["intervals_apart"] else "intervals overlap"
+    difference = interval_text(expectation["difference"])
+    return f"{said}: **{expectation['verdict']}** (difference of pairs {difference}; {apart})"
+
+
+def plot(record: dict[str, Any], file: Path):
+    """Draw mean, interval and seeds of every setting, a panel a measure."""
+    measures, settings = measures_of(record), record["settings"]
+    figure, axes = pyplot.subplots(
+        1,
+        len(measures),
+        figsize=(2.6 * len(measures) + 1.5, 0.4 * len(settings) + 1.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, name in zip(axes[0], measures, strict=True):
+        for y, values in enumerate(settings.values()):
+            value = values[name]
+            if value is None:
+                axis.annotate("not read", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center")
+                continue
+            if value["low"] is not None:
+                axis.hlines(y, value["low"], value["high"], color="C0", linewidth=2)
+            axis.plot(value["seeds"], [y] * len(value["seeds"]), "o", color="C0", alpha=0.35, markersize=4)
+            axis.plot(value["mean"], y, "D", color="C0", markersize=6)
+        axis.set_title(
+            f"{MEASURES[name].title} ({'low' if MEASURES[name].lower_is_better else 'high'} is good)", size=9
+        )
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].set(yticks=range(len(settings)), yticklabels=list(settings), ylim=(len(settings) - 0.5, -0.5))
+    figure.suptitle(f"{record['title']}: mean, seeds and {record['interval']}", size=9)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -29,13 +28,6 @@ FEW = {
     "cpu_threads": 1,
 }
 DRAWN = FEW | {"num_samples": 10, "obedience.judge": "null"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.fixture
@@ -108,7 +100,7 @@ def test_a_number_states_what_it_depends_on(classes, tmp_path):
     assert metrics["features"]["name"] == "embedded:judge"
     assert metrics["clip"] is None
     assert metrics["libraries"].keys() >= {"torch", "diffusers", "torchmetrics", "torch-fidelity", "improved_ldm"}
-    assert "CPU, 1 threads" in metrics["device"]
+    assert metrics["device"].endswith(", 1 threads")
     assert metrics["processes"] == 1
     assert metrics["seconds"].keys() == {"sampling", "scoring"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples" / "metadata.jsonl").read_text().splitlines()]

@@ -1,0 +1,57 @@
+"""The demo's command: what it opens by default, and how it ends where it cannot open."""
+
+import socket
+import sys
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from improved_ldm.demo.__main__ import QUICKSTART, main
+from improved_ldm.demo.bundled import BUNDLED
+from improved_ldm.trainer.config import RunConfig
+
+
+def test_the_default_is_where_the_quickstart_leaves_its_pipeline():
+    assert RunConfig().output_dir == QUICKSTART
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "web"])
+def test_a_port_that_cannot_be_is_named(port, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--port={port}"])
+    assert f"it is {port!r}; it must be a whole number from 1 to 65535" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"^port {port} is in use; choose another with `--port`$"):
+            main([BUNDLED, "--port", str(port)])
+
+
+def test_a_pipeline_of_another_family_is_refused(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="does not load: it is a DDPMPipeline; it must be an ImprovedLDMPipeline"):
+        main([str(tmp_path)])
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="does not load: "):
+        main([str(tmp_path)])
+
+
+def test_a_missing_gradio_is_named(monkeypatch):
+    for name in ("improved_ldm.demo.page", "improved_ldm.demo.editor"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match=r'^the demo needs gradio: pip install "improved_ldm\[demo\]"$'):
+        main([])

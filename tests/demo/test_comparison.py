@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from improved_ldm.conditioning.control import CONTROL_INPUTS, Control
+from improved_ldm.demo.comparison import Settings, View, compare
+
+
+@st.composite
+def views(draw):
+    """Rectangles inside square images, at fractions of a pixel as a browser computes them."""
+    side = draw(st.floats(1, 4096))
+    height, width = (side * draw(st.floats(0.01, 1)) for _ in range(2))
+    top, left = ((side - extent) * draw(st.floats(0, 1)) for extent in (height, width))
+    return View(side, top, left, height, width, draw(st.booleans()))
+
+
+@given(views())
+def test_every_view_inside_the_image_is_the_control_of_the_same_rectangle(view):
+    control = Control(target_size=(8, 8), **view.arguments(CONTROL_INPUTS))
+    assert control.to_row() == [
+        *(view.original_size, view.original_size, view.top, view.left, view.height, view.width),
+        *(8, 8, float(view.flip)),
+    ]
+
+
+@given(views(), st.sets(st.sampled_from(sorted(CONTROL_INPUTS))))
+def test_a_view_asks_for_nothing_that_is_not_read(view, read):
+    everything = view.arguments(CONTROL_INPUTS)
+    assert view.arguments(frozenset(read)) == {name: everything[name] for name in read & everything.keys()}
+
+
+def test_a_view_says_what_is_special_about_it():
+    whole = View.of_whole_image(28)
+    assert str(whole) == "28 px"
+    assert (
+        str(replace(whole, top=2, left=4.5, height=20, width=10, flip=True)) == "28 px · crop 20×10 at 2, 4.5 · flip"
+    )
+
+
+@pytest.fixture
+def settings():
+    return Settings("a red boot", 3, 2.0, 1.5, 2, View(8, 1, 2, 6, 4, flip=True))
+
+
+def _pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def _assert_same(one, other):
+    assert one.size == other.size and abs(_pixels(one) - _pixels(other)).max() <= 1  # a level: float32 in batches
+
+
+def test_left_is_the_default_of_the_pipeline_and_right_the_asked_view(text_pipeline, settings):
+    pipe = text_pipeline()
+    common = {"control_guidance_scale": 1.5, "guidance_scale": 2.0, "num_inference_steps": 2}
+    plain, asked = compare(pipe, settings)
+    _assert_same(plain, pipe("a red boot", generator=[_generator(3)], **common).images[0])
+    control = {"original_size": (8, 8), "crops_coords_top_left": (1, 2), "crop_size": (6, 4), "flip": True}
+    _assert_same(asked, pipe("a red boot", generator=[_generator(3)], **common, **control).images[0])
+    assert (_pixels(plain) != _pixels(asked)).any()
+
+
+def test_a_default_original_size_holds_for_the_plain_image(text_pipeline, settings):
+    pipe = text_pipeline()
+    pipe.register_to_config(default_original_size=5)
+    plain, asked = compare(pipe, settings._replace(view=View.of_whole_image(5)))
+    _assert_same(plain, asked)
+
+
+def test_progress_counts_the_steps(text_pipeline, settings):
+    steps = []
+    compare(text_pipeline(), settings, steps.append)
+    assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])  # the published DiT reads no control
+def test_class_models_are_asked_as_far_as_they_read(class_pipeline, settings, conditioning):
+    pipe = class_pipeline(conditioning=conditioning)
+    plain, asked = compare(pipe, settings._replace(subject=2, control_guidance_scale=1.0))
+    _assert_same(plain, pipe(class_labels=2, generator=[_generator(3)], num_inference_steps=2).images[0])
+    assert (_pixels(plain) == _pixels(asked)).all() == (conditioning == "published")
+
+
+def test_the_pipeline_refuses_a_view_outside_the_image(text_pipeline, settings):
+    with pytest.raises(ValueError, match="`crops_coords_top_left` 7 plus `crop_size` 6 leaves the image"):
+        compare(text_pipeline(), settings._replace(view=View(8, 7, 0, 6, 8)))
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)

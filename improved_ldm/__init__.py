@@ -14,8 +14,8 @@ from improved_ldm.models.mmdit import MMDiTDenoiser
 from improved_ldm.models.pixart import PixArtDenoiser
 from improved_ldm.models.unet import UNetDenoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = ["DiTDenoiser", "ImprovedLDMPipeline", "MDTDenoiser", "MMDiTDenoiser", "PixArtDenoiser", "UNetDenoiser"]
 
 

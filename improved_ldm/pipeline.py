@@ -18,8 +18,8 @@ from improved_ldm.conditioning.control import Control, check_pair, control_tenso
 from improved_ldm.conditioning.guidance import GuidanceTerm, combine_predictions, guidance_terms
 from improved_ldm.conditioning.inputs import Conditioning
 from improved_ldm.conditioning.text import encode_prompts, pad_tokens
-from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.unet import UNetDenoiser
+from improved_ldm.loading import DENOISER_NAMES, CheckedPipeline
+from improved_ldm.lora import LoraLoaderMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TEXT_INPUTS = frozenset({"encoder_hidden_states", "pooled_projections"})
@@ -27,7 +27,7 @@ TEXT_INPUTS = frozenset({"encoder_hidden_states", "pooled_projections"})
 Size = tuple[int, int]
 
 
-class ImprovedLDMPipeline(DiffusionPipeline):
+class ImprovedLDMPipeline(CheckedPipeline, LoraLoaderMixin, DiffusionPipeline):
     """Draws images from a prompt or a class label, steered by size, crop and flip.
 
     Args:
@@ -51,15 +51,15 @@ class ImprovedLDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["transformer", "unet", "text_encoder", "tokenizer"]
+    _optional_components: ClassVar[list[str]] = [*DENOISER_NAMES, "text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
-        transformer: Denoiser | None = None,
-        unet: UNetDenoiser | None = None,
+        transformer: ModelMixin | None = None,
+        unet: ModelMixin | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_padding: str = "noisy_replicate",
@@ -96,13 +96,13 @@ class ImprovedLDMPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
-    def denoiser(self) -> Denoiser:
+    def denoiser(self) -> ModelMixin:
         """The denoiser, whichever backbone it is."""
         return self.unet if self.transformer is None else self.transformer
 
     @denoiser.setter
-    def denoiser(self, denoiser: Denoiser):
-        self.register_modules(**{"transformer": None, "unet": None, denoiser.component: denoiser})
+    def denoiser(self, denoiser: ModelMixin):
+        self.register_modules(**dict.fromkeys(DENOISER_NAMES) | {denoiser.component: denoiser})
 
     @property
     def takes_text(self) -> bool:

@@ -1,6 +1,7 @@
 """Where a number comes from: libraries, device and command; and how records are written."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -29,13 +30,19 @@ def device_name(device: torch.device) -> str:
 
 
 def launch_command() -> str:
-    """The command that started this script, as its user would type it."""
-    return shlex.join(["accelerate", "launch", *sys.argv])
+    """The command that started this script; the options of `accelerate launch` are not known to what it starts."""
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # `accelerate launch` sets it for all that it starts
+        return shlex.join(["accelerate", "launch", *sys.argv])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def write_json(file: Path, record: Any):
-    """Write a record whole or not at all."""
+    """Write a record whole or not at all.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON does not have.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     unfinished.replace(file)

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -36,6 +37,14 @@ WORDS = ("a", "the", "red", "blue", "white", "boot", "coat", "bag", "with")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Every run of a test process begins with an accelerator of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 def _randomize(model, seed=0, std=0.1):

@@ -10,6 +10,7 @@ several processes give the same numbers as one.
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,23 @@ from improved_ldm.evaluation.disentanglement import control_distances
 from improved_ldm.evaluation.evaluate import Evaluation, identity
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.obedience import RealImages
+from improved_ldm.evaluation.networks import MissingWeightsError
+from improved_ldm.evaluation.obedience import RealImages, evaluate_obedience, open_judged
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
-from improved_ldm.evaluation.sampling import Request, draw_samples, open_samples
+from improved_ldm.evaluation.sampling import Sampler, SamplingSettings, open_samples
 from improved_ldm.evaluation.sweep import parse_sweep, point_name, write_sweep
 from improved_ldm.hub.card import EVALUATION_FILE, update_card
 from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
-from improved_ldm.trainer.config import parse_config_or_exit
+from improved_ldm.trainer.config import exit_on_error, parse_config_or_exit
 from improved_ldm.trainer.evaluation import (
     EvaluateConfig,
     check_keys,
-    check_prompts,
+    check_semantics,
     load_pipeline,
     make_all_requests,
     read_reference,
     sampling_settings,
 )
-from improved_ldm.trainer.finish import measure_obedience, open_judged
 from improved_ldm.trainer.run import EVALUATION_TIME, share_cores
 
 MEASURING_LIBRARIES = ("torchmetrics", "torch-fidelity", "open_clip_torch", "improved_ldm")
@@ -55,34 +56,45 @@ def main(config: EvaluateConfig):
     size = samples.size if pipeline is None else (pipeline.default_size, pipeline.default_size)
     points = parse_sweep(config.sweep) if config.sweep else [{}]
     settings = [None if pipeline is None else sampling_settings(pipeline, config, point) for point in points]
-    check_prompts(config, pipeline, samples)
+    check_semantics(config, pipeline, samples)
 
     # What it is measured with: the networks, and the real images.
     network = open_features(config.features, accelerator.device)
+    network.check_size("features", size)
+    config.scores.check_samples(len(samples.files) if samples else config.num_samples, network)
     clip = None if config.clip is None else open_clip_scorer(config.clip, accelerator.device)
     judge = None if pipeline is None or config.sweep else config.obedience.judge
     judged = open_judged(judge, config.data, size[0], accelerator.print)
     perceptual = None if judged is None else open_perceptual(config.perceptual, accelerator.device)
+    if perceptual is not None:
+        perceptual.check_size("perceptual", size)
     reference = read_reference(config, pipeline, size)
-    requests = [] if pipeline is None else make_all_requests(config, pipeline, reference)
-    config.scores.check(reference.images, len(samples.files) if samples else len(requests))
+    config.scores.check_reference(reference.images)
+
+    # What is asked of the pipeline, and where it goes.
+    folders = [config.folder / "sweep" / point_name(point) if point else config.folder for point in points]
+    sampler = None
+    if pipeline is not None:
+        sampler = Sampler(pipeline, make_all_requests(config, pipeline, reference), config.batch_size)
+        for folder, setting in zip(folders, settings, strict=True):
+            sampler.check_folder(folder / "samples", setting)
     evaluation = Evaluation(reference, network, clip, config.scores, config.batch_size)
 
     # Samples, then numbers, setting by setting.
-    records, sampler = [], {}
-    for point, setting in zip(points, settings, strict=True):
-        folder, started = config.folder / "sweep" / point_name(point) if point else config.folder, time.perf_counter()
-        if pipeline is not None:
-            sampler = draw_samples(pipeline, requests, setting, folder / "samples", config.batch_size)
+    records = []
+    for folder, setting in zip(folders, settings, strict=True):
+        started = time.perf_counter()
+        if sampler is not None:
+            sampler.draw(folder / "samples", setting)
             accelerator.wait_for_everyone()
-            samples = open_samples(folder / "samples", len(requests))
+            samples = open_samples(folder / "samples", config.num_samples)
         sampled = time.perf_counter()
         scores = evaluation.scores(samples)
         if not accelerator.is_main_process:
             continue
         record = {
             "scores": scores,
-            "samples": {"images": len(samples.files)} | describe_samples(config, requests) | sampler,
+            "samples": {"images": len(samples.files)} | describe_samples(config, sampler, setting),
             **evaluation.record(),
             "libraries": library_versions(*MEASURING_LIBRARIES),
             "device": device_name(accelerator.device),
@@ -94,7 +106,7 @@ def main(config: EvaluateConfig):
             },
         }
         if judged is not None:
-            record |= judge_control(config, pipeline, judged, perceptual)
+            record |= judge_control(config, pipeline, setting, judged, perceptual)
         write_json(folder / "metrics.json", record)
         records.append(record)
     if accelerator.is_main_process:
@@ -105,29 +117,36 @@ def main(config: EvaluateConfig):
 def judge_control(
     config: EvaluateConfig,
     pipeline: ImprovedLDMPipeline,
+    setting: SamplingSettings,
     judged: tuple[Judge, RealImages],
     perceptual: PerceptualDistance,
 ) -> dict[str, Any]:
     """How well the pipeline obeys class and control, and what else changes when the control does."""
     print("judging samples")
-    count = config.obedience.num_detail_samples
+    counts, call = config.obedience.counts, asdict(setting)
+    detail = counts["num_detail_samples"]
     return {
-        "obedience": measure_obedience(pipeline, judged, config.obedience, config.seed),
-        "disentanglement": control_distances(pipeline, perceptual, judged[1], count, config.seed),
+        "obedience": evaluate_obedience(pipeline, *judged, **counts, seed=config.seed, **call),
+        "disentanglement": control_distances(pipeline, perceptual, judged[1], detail, config.seed, **call),
+        "judged_samples": call | {"seed": config.seed, "control": "set by each test; that of `samples` is not used"},
         "perceptual": identity(perceptual),
     }
 
 
-def describe_samples(config: EvaluateConfig, requests: list[Request]) -> dict[str, Any]:
-    """What was asked for, or where the images were found."""
-    if not requests:
+def describe_samples(
+    config: EvaluateConfig, sampler: Sampler | None, setting: SamplingSettings | None
+) -> dict[str, Any]:
+    """What was asked for and how it was drawn, or where the images were found."""
+    if sampler is None:
         return {"folder": str(config.samples)}
+    requests = sampler.requests
     return {
         "pipeline": config.pipeline,
         "labels": "captions in turn" if isinstance(requests[0].semantic, str) else config.labels,
         "seeds": [requests[0].seed, requests[-1].seed],
         "control": config.control,
         "batch_size": config.batch_size,
+        **sampler.record(setting),
     }
 
 
@@ -146,4 +165,6 @@ def finish(config: EvaluateConfig, records: list[dict[str, Any]]):
 
 
 if __name__ == "__main__":
-    main(parse_config_or_exit(EvaluateConfig, sys.argv[1:]))
+    config = parse_config_or_exit(EvaluateConfig, sys.argv[1:])
+    with exit_on_error("not evaluated", MissingWeightsError):
+        main(config)

@@ -19,6 +19,7 @@ from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_drawer
 from improved_ldm.trainer.loop import train
+from improved_ldm.trainer.pushes import pipeline_pusher
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.stages import begun_stages, check_stages, stages_of
 
@@ -33,7 +34,7 @@ def train_stages(config: RunConfig):
 
     # The data: opened and looked at before anything else is done.
     data = [
-        open_rows(part.source, part.split, part.name, part.image_column, None, part.label_column)
+        open_rows(part.source, part.split, part.name, part.image_column, None, part.label_column, part.num_classes)
         for part in (stage.config.data for stage in stages)
     ]
     looks = [survey(rows) for rows in data]
@@ -66,10 +67,11 @@ def train_stages(config: RunConfig):
             class_names=rows.class_names,
             lineage=list(stage.lineage) or None,
         )
+        push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
         batches = open_batches(run, rows, SampleEncoder(vae))
         draw_samples = grid_drawer(pipeline, labels, run.config.seed, run.folder / "samples")
         pipeline.denoiser = train(
-            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state
+            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state, push
         )
         finish(run, pipeline, labels, started)
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import diverse_prompts, grid_drawer
 from improved_ldm.trainer.loop import train
+from improved_ldm.trainer.pushes import pipeline_pusher
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.stages import begun_stages, check_stages, stages_of
 
@@ -70,13 +71,14 @@ def train_stages(config: RunConfig):
             default_num_inference_steps=config.sampling.num_inference_steps,
             lineage=list(stage.lineage) or None,
         )
+        push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
         prompts = list(config.sampling.prompts or ()) or diverse_prompts(
             first_rows.captions, encoder.text(first_rows.captions).pooled, GRID_ROWS
         )
         batches = open_batches(run, rows, encoder)
         draw_samples = grid_drawer(pipeline, prompts, run.config.seed, run.folder / "samples")
         pipeline.denoiser = train(
-            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state
+            run, start.denoiser, start.objective, batches, draw_samples, start.averaged, start.optimizer_state, push
         )
         finish(run, pipeline, prompts, started)
         started = time.perf_counter()

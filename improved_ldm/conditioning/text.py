@@ -42,7 +42,6 @@ class TextTokens:
         return cls(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-@torch.no_grad()
 def encode_prompts(
     prompts: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -51,6 +50,8 @@ def encode_prompts(
     device: torch.device | str | None = None,
 ) -> TextTokens:
     """Encode prompts with any Hugging Face text encoder (CLIP, T5, BERT and their like).
+
+    Gradients reach an encoder in training mode; one in evaluation mode keeps none.
 
     Args:
         prompts: the texts; what exceeds `max_length` tokens is cut, with a warning.
@@ -70,7 +71,8 @@ def encode_prompts(
     inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     inputs = inputs.to(device or text_encoder.device)
     mask = inputs.attention_mask.bool()
-    output = text_encoder(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and text_encoder.training):
+        output = text_encoder(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     hidden_states = output.last_hidden_state
     pooled = getattr(output, "text_embeds", None)
     if pooled is None:
@@ -136,7 +138,7 @@ def pad_tokens(
     padded = hidden_states.gather(1, cyclic[..., None].expand_as(hidden_states))
     if padding == "noisy_replicate":
         repeats = torch.ceil(length / count)  # (batch, 1), m
-        deviation = noise_scale * (repeats - 1).sqrt()[..., None] * _channel_deviation(hidden_states, is_own)
+        deviation = noise_scale * (repeats - 1).sqrt()[..., None] * _channel_deviation(hidden_states.detach(), is_own)
         noise = randn_tensor(hidden_states.shape, generator=generator, device=hidden_states.device)
         padded = torch.where(is_own[..., None], padded, padded + (deviation * noise).to(padded.dtype))
     return padded, None

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from improved_ldm.convert.mapping import StateDict
+from improved_ldm.loading import PICKLE_SUFFIXES, is_pickle
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = ("ema", "state_dict_ema", "state_dict", "model")  # what training scripts put weights under, best first
 MODEL_PREFIX = "model.diffusion_model."  # of the denoiser in a file that holds the autoencoder and more
 
@@ -46,14 +46,14 @@ def _weight_files(place: Path) -> list[Path]:
     """The one file of weights, or the shards that a folder's index names."""
     if place.is_file():
         return [place]
-    suffixes = (".safetensors", *PICKLES)
-    files = sorted(file for suffix in suffixes for file in place.glob(f"diffusion_pytorch_model{suffix}"))
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    files = [file for suffix in suffixes for file in place.glob(f"diffusion_pytorch_model{suffix}")]
     if files:
-        return files[:1]
-    if indices := sorted(place.glob("diffusion_pytorch_model.*.index.json")):
+        return files[:1]  # safetensors where there are both
+    if indices := sorted(place.glob("diffusion_pytorch_model.*.index.json"), reverse=True):
         shards = json.loads(indices[0].read_text())["weight_map"].values()
         return [place / shard for shard in sorted(set(shards))]
-    files = sorted(file for file in place.glob("*") if file.suffix in suffixes)
+    files = sorted(file for file in place.glob("*") if file.suffix.lower() in suffixes)
     if len(files) != 1:
         raise ValueError(f"{str(place)!r} holds {len(files)} files of weights ({', '.join(suffixes)}); give the file.")
     return files
@@ -65,8 +65,8 @@ def _read_file(file: Path) -> StateDict:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} cannot be read: {error}.") from error
-    if file.suffix not in PICKLES:
-        raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(PICKLES)}.")
+    if not is_pickle(file):
+        raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(PICKLE_SUFFIXES)}.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints have their arguments in
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -3,6 +3,7 @@
 import glob
 import io
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -55,12 +56,14 @@ class Rows:
         dataset: the streamed rows, images undecoded.
         image_column, caption_column, label_column: where a row keeps them; `a.b` is field b of column a, None is
             not read.
+        num_classes: that labels must be below; None where it is not known.
     """
 
     dataset: datasets.IterableDataset
     image_column: str
     caption_column: str | None
     label_column: str | None
+    num_classes: int | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -95,6 +98,7 @@ def open_rows(
     image_column: str = "image",
     caption_column: str | None = "text",
     label_column: str | None = None,
+    num_classes: int | None = None,
 ) -> Rows:
     """Open a set of images for streaming and check that it holds what is asked of it.
 
@@ -107,6 +111,7 @@ def open_rows(
         caption_column: the column of captions; None to read none.
         label_column: the column of integer classes; None to read none. For webdataset shards `image`, `text` and
             `label` also find the usual files (jpg, png, webp; txt or json; cls or json).
+        num_classes: that labels must be below; None where it is not known.
 
     Returns:
         The opened rows.
@@ -132,11 +137,11 @@ def open_rows(
     }
     _check_types(row, columns)
     dataset = dataset.select_columns(sorted({column.split(".")[0] for column in columns.values() if column}))
-    return Rows(dataset, **columns)
+    return Rows(dataset, **columns, num_classes=num_classes)
 
 
 def _open_dataset(path: str | Path | list, split: str, name: str | None) -> datasets.IterableDataset:
-    if _is_hub_id(path):
+    if is_hub_id(path):
         try:
             return datasets.load_dataset(path, name, split=split, streaming=True)
         except (FileNotFoundError, ConnectionError) as error:
@@ -154,7 +159,8 @@ def _open_dataset(path: str | Path | list, split: str, name: str | None) -> data
     return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
 
 
-def _is_hub_id(path: str | Path | list) -> bool:
+def is_hub_id(path: str | Path | list | None) -> bool:
+    """Whether a path has the form of a name on the Hub, and names nothing that is here."""
     return (
         isinstance(path, str)
         and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
@@ -419,8 +425,11 @@ class RowStream(torch.utils.data.IterableDataset):
             return None
         caption = None if rows.caption_column is None else _value(stored, rows.caption_column) or ""
         label = None if rows.label_column is None else _value(stored, rows.label_column)
-        if rows.label_column is not None and (label is None or label < 0):
-            raise ValueError(f"column {rows.label_column!r} has the value {label}; a label must be an integer ≥ 0.")
+        if rows.label_column is not None and (label is None or not 0 <= label < (rows.num_classes or math.inf)):
+            valid = "≥ 0" if rows.num_classes is None else f"in [0, {rows.num_classes - 1}]"
+            raise ValueError(
+                f"column {rows.label_column!r} has the value {label}; a label must be an integer {valid}."
+            )
         return Row(image, size, caption, label, seed)
 
     def _count_corrupt(self, error: Exception):

@@ -1,6 +1,7 @@
 """How much else changes when one control input does?"""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -14,7 +15,12 @@ BATCH_SIZE = 50  # pairs that are measured at once
 
 @torch.no_grad()
 def control_distances(
-    pipeline: ImprovedLDMPipeline, distance: PerceptualDistance, real: RealImages, num_samples: int, seed: int = 0
+    pipeline: ImprovedLDMPipeline,
+    distance: PerceptualDistance,
+    real: RealImages,
+    num_samples: int,
+    seed: int = 0,
+    **call,
 ) -> dict[str, float]:
     """Mean perceptual distance of samples that share seed and prompt and differ in one control input.
 
@@ -22,11 +28,12 @@ def control_distances(
     what this obedience costs is seen on real images, and stands beside as `real_…`, to be subtracted.
 
     Args:
-        pipeline: what is measured, at its default guidance and steps.
+        pipeline: what is measured, by default at its own guidance and steps.
         distance: of pairs of images.
         real: its prompts or labels are drawn, the classes in turn.
         num_samples: images of each kind.
         seed: image i is drawn from `seed` + i.
+        call: further arguments of the pipeline, for every image: `control_guidance_scale`, …
 
     Returns:
         original_size_distance: of plain samples to those at each smaller size of `SIZE_FRACTIONS`.
@@ -42,11 +49,8 @@ def control_distances(
         return {}
     prompts, labels = real.prompts(num_samples)
     side, originals = original_side(pipeline), real.pixels[:num_samples]
-    plain = draw(pipeline, prompts, labels, seed)
-
-    def steered(**control) -> torch.Tensor:
-        lists = {name: [value] * num_samples for name, value in control.items()}
-        return draw(pipeline, prompts, labels, seed, **lists)
+    steered = partial(draw, pipeline, prompts, labels, seed, **call)
+    plain = steered()
 
     def distance_to(images: torch.Tensor, versions: Iterable[torch.Tensor]) -> float:
         return torch.stack([_distances(distance, images, version).mean() for version in versions]).mean().item()

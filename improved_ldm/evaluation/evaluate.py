@@ -1,6 +1,7 @@
 """Samples and real images to numbers: images in fixed batches through the networks, features to scores once."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from improved_ldm.evaluation.networks import MeasuringNetwork
 from improved_ldm.evaluation.processes import gather_batches, own_batches, rank_and_world_size
 from improved_ldm.evaluation.reference import Reference
 from improved_ldm.evaluation.sampling import Samples
-from improved_ldm.evaluation.scores import frechet_distance, inception_score, kernel_distance, manifold_scores
+from improved_ldm.evaluation.scores import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    manifold_scores,
+    nearest_radii,
+)
 
 
 class ScoreSettings(BaseModel):
@@ -35,18 +42,19 @@ class ScoreSettings(BaseModel):
     nearest_k: int = Field(5, ge=1)
     seed: int = 0
 
-    def check(self, num_real: int, num_fake: int):
-        """Raise a ValueError where there are too few images for the scores."""
-        for what, images in (("reference images", num_real), ("samples", num_fake)):
-            for name, least in (
-                ("kid_subset_size", self.kid_subset_size),
-                ("nearest_k", self.nearest_k + 1),
-                ("inception_splits", self.inception_splits),
-            ):
-                if images < max(2, least):
-                    raise ValueError(
-                        f"there are {images} {what}; `{name}` {getattr(self, name)} needs at least {max(2, least)}."
-                    )
+    def check_reference(self, images: int):
+        """Raise a ValueError where there are too few reference images for the scores."""
+        self._check("reference images", images, kid_subset_size=self.kid_subset_size, nearest_k=self.nearest_k + 1)
+
+    def check_samples(self, images: int, network: FeatureNetwork):
+        """Raise a ValueError where there are too few samples for the scores that a network gives."""
+        splits = {"inception_splits": self.inception_splits} if network.is_classifier else {}
+        self._check("samples", images, kid_subset_size=self.kid_subset_size, nearest_k=self.nearest_k + 1, **splits)
+
+    def _check(self, what: str, images: int, **least: int):
+        for name, count in least.items():
+            if images < count:
+                raise ValueError(f"there are {images} {what}; `{name}` {getattr(self, name)} needs at least {count}.")
 
 
 class Evaluation:
@@ -95,8 +103,24 @@ class Evaluation:
         fake, clip_scores = _gather_features(features), gather_batches(clip_scores)
         if fake is None:
             return None
-        scores = compare_features(self.real, fake, self.settings)
+        scores = self._compare(fake)
         return scores | {"clip_score": torch.cat(clip_scores).mean().item()} if clip_scores else scores
+
+    def _compare(self, fake: Features) -> dict[str, float]:
+        """The scores that come from features alone."""
+        real, settings = self.real.vectors, self.settings
+        kid, kid_std = kernel_distance(
+            real, fake.vectors, settings.kid_subsets, settings.kid_subset_size, settings.seed
+        )
+        scores = {"fid": frechet_distance(real, fake.vectors), "kid": kid, "kid_std": kid_std}
+        if fake.probabilities is not None:
+            mean, std = inception_score(fake.probabilities, settings.inception_splits, settings.seed)
+            scores |= {"inception_score": mean, "inception_score_std": std}
+        return scores | manifold_scores(real, fake.vectors, settings.nearest_k, self._real_radii)
+
+    @cached_property
+    def _real_radii(self) -> torch.Tensor:
+        return nearest_radii(self.real.vectors, self.settings.nearest_k)
 
     def record(self) -> dict[str, Any]:
         """What the scores depend on beside the samples."""
@@ -106,18 +130,6 @@ class Evaluation:
             "clip": identity(self.clip),
             "score_settings": self.settings.model_dump(),
         }
-
-
-def compare_features(real: Features, fake: Features, settings: ScoreSettings) -> dict[str, float]:
-    """The scores of `Evaluation.scores` that come from features alone."""
-    kid, kid_std = kernel_distance(
-        real.vectors, fake.vectors, settings.kid_subsets, settings.kid_subset_size, settings.seed
-    )
-    scores = {"fid": frechet_distance(real.vectors, fake.vectors), "kid": kid, "kid_std": kid_std}
-    if fake.probabilities is not None:
-        mean, std = inception_score(fake.probabilities, settings.inception_splits, settings.seed)
-        scores |= {"inception_score": mean, "inception_score_std": std}
-    return scores | manifold_scores(real.vectors, fake.vectors, settings.nearest_k)
 
 
 def identity(network: MeasuringNetwork | None) -> dict[str, str] | None:

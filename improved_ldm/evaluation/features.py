@@ -45,10 +45,11 @@ class FeatureNetwork(MeasuringNetwork, ABC):
     """A frozen network that turns images into vectors, named with the hash of its weights.
 
     `name` is the place that it was opened from, `sha256` the hash of its weights, `num_features` the width of the
-    vectors.
+    vectors, `is_classifier` whether it tells probabilities.
     """
 
     num_features: int
+    is_classifier = False
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Features:
@@ -86,6 +87,7 @@ class InceptionFeatures(FeatureNetwork):
     """
 
     num_features = 2048
+    is_classifier = True
 
     def __init__(self, place: str, device: torch.device | str):
         _, _, file = place.partition(":")
@@ -109,6 +111,8 @@ class JudgeFeatures(FeatureNetwork):
         judge: what is there.
         device: where it computes.
     """
+
+    is_classifier = True
 
     def __init__(self, place: str, judge: Judge, device: torch.device | str):
         super().__init__(place, judge, device)

@@ -34,6 +34,20 @@ class MeasuringNetwork:
         self.network = network.requires_grad_(False).eval().to(self.device)
         self.sha256 = weights_sha256(network)
 
+    def check_size(self, argument: str, size: tuple[int, int]):
+        """Raise a ValueError for a judge of images of another size; every other network resizes them.
+
+        Args:
+            argument: that the network was asked for with.
+            size: (height, width), pixels, of the images to come.
+        """
+        if isinstance(self.network, Judge) and size != (self.network.config.sample_size,) * 2:
+            side = self.network.config.sample_size
+            raise ValueError(
+                f"`{argument}` is {self.name}, which reads images of {side} x {side} pixels; these have "
+                f"{size[0]} x {size[1]}."
+            )
+
 
 def weights_sha256(network: nn.Module) -> str:
     """SHA-256 of a network's tensors, ordered by name: of each its name, type and shape, and its bytes."""

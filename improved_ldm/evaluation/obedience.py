@@ -1,5 +1,6 @@
 """Does a pipeline draw what it is asked for? A judge sees classes and orientation, a probe sees crops."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -7,14 +8,17 @@ import torch
 from torch.nn.functional import interpolate
 
 from improved_ldm.data.samples import make_loader
-from improved_ldm.data.sources import Rows
+from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.embedded import resolve
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.probe import CROPS, CropProbe
+from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.evaluation.scores import frechet_distance, high_frequency_energy, manifold_scores
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 BATCH_SIZE = 250
+NUM_REAL_IMAGES = 2000  # of the test split, that samples are compared with
 # Original sizes asked for in the test of detail, as fractions of the default. Below a half the judge no longer knows
 # many real images that are reduced as far.
 SIZE_FRACTIONS = (1.0, 0.875, 0.75, 0.625, 0.5)
@@ -56,6 +60,26 @@ def load_real_images(rows: Rows, resolution: int, count: int) -> RealImages:
     )
 
 
+def open_judged(
+    place: str | None, source: str, side: int, say: Callable[[str], None]
+) -> tuple[Judge, RealImages] | None:
+    """A judge and real images, where the judge knows the data.
+
+    Args:
+        place: `embedded:judge` or a folder of a `Judge`; None judges nothing.
+        source: the data set, as `open_rows` takes it.
+        side: pixels a side of the samples.
+        say: told what is done.
+    """
+    if place is None:
+        return None
+    judge = Judge.from_pretrained(resolve(place)).eval()
+    if judge.config.data_source != source or judge.config.sample_size != side:
+        say(f"not judged: {place} knows {judge.config.data_source} at {judge.config.sample_size} pixels")
+        return None
+    return judge, load_real_images(open_rows(source, "test", label_column="label"), side, NUM_REAL_IMAGES)
+
+
 @torch.no_grad()
 def evaluate_obedience(
     pipeline: ImprovedLDMPipeline,
@@ -65,8 +89,9 @@ def evaluate_obedience(
     num_coverage_samples: int,
     num_detail_samples: int,
     seed: int = 0,
+    **call,
 ) -> dict[str, float]:
-    """Measure a pipeline at its default guidance and steps.
+    """Measure a pipeline, by default at its own guidance and steps.
 
     Args:
         pipeline: what is measured.
@@ -77,31 +102,34 @@ def evaluate_obedience(
         num_detail_samples: images that are drawn at several original sizes each, and once more, each with one of
             several crops.
         seed: image i is drawn from `seed` + i.
+        call: further arguments of the pipeline, for every image: `control_guidance_scale`, …
 
     Returns:
-        Named shares and distances; the shares of the judge and the probe on the real images stand beside them.
+        Named shares and distances; the shares of the judge and the probe on the real images stand beside them. Those
+        of orientation are left out where no class that is one-sided was asked for.
     """
     num_samples -= num_samples % 2
     prompts, labels = real.prompts(num_samples)
     flips = torch.arange(num_samples) // len(real.class_names) % 2
     read = pipeline.denoiser.control_inputs
     asked_flips = flips.bool().tolist() if "flip" in read else None
-    samples = draw(pipeline, prompts, labels, seed, flip=asked_flips)
+    samples = draw(pipeline, prompts, labels, seed, flip=asked_flips, **call)
     results = {
         "class_accuracy": _class_accuracy(judge, samples, labels),
         "real_class_accuracy": _class_accuracy(judge, real.pixels, real.labels),
-        "real_orientation_accuracy": _orientation_accuracy(judge, real.pixels, real.labels, False),
         "num_samples": num_samples,
     }
-    if "flip" in read:
-        results["orientation_accuracy"] = _orientation_accuracy(judge, samples, labels, flips)
+    if _one_sided(judge, labels).any():
+        results["real_orientation_accuracy"] = _orientation_accuracy(judge, real.pixels, real.labels, False)
+        if "flip" in read:
+            results["orientation_accuracy"] = _orientation_accuracy(judge, samples, labels, flips)
     if "original_size" in read:
-        results |= _detail(pipeline, judge, real, num_detail_samples, seed)
+        results |= _detail(pipeline, judge, real, num_detail_samples, seed, **call)
     if "crop_size" in read:
-        results |= _crop(pipeline, real, num_detail_samples, seed)
+        results |= _crop(pipeline, real, num_detail_samples, seed, **call)
 
     prompts, labels = real.prompts(num_coverage_samples)
-    fake_features = judge.features(draw(pipeline, prompts, labels, seed + num_samples))
+    fake_features = judge.features(draw(pipeline, prompts, labels, seed + num_samples, **call))
     real_features = judge.features(real.pixels)
     return results | {
         "coverage": manifold_scores(real_features, fake_features)["coverage"],
@@ -111,18 +139,17 @@ def evaluate_obedience(
     }
 
 
-def draw(pipeline: ImprovedLDMPipeline, prompts: list[str], labels: torch.Tensor, seed: int, **call):
+def draw(pipeline: ImprovedLDMPipeline, prompts: list[str], labels: torch.Tensor, seed: int, **call) -> torch.Tensor:
     """Samples (images, 3, height, width) in [−1, 1], image i from `seed` + i.
 
     `call` are further arguments of the pipeline; a list has one value an image.
     """
-    pixels = []
+    semantics, pixels = prompts if pipeline.takes_text else labels.tolist(), []
     for start in range(0, len(prompts), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
-        semantic = {"prompt": prompts[part]} if pipeline.takes_text else {"class_labels": labels[part].tolist()}
-        control = {name: value[part] if isinstance(value, list) else value for name, value in call.items()}
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(prompts[part]))]
-        images = pipeline(**semantic, **control, generator=generators, output_type="pt").images
+        seeds = [seed + number for number in range(len(prompts))[part]]
+        values = {name: value[part] if isinstance(value, list) else value for name, value in call.items()}
+        images = call_pipeline(pipeline, semantics[part], seeds, **values, output_type="pt")
         pixels.append(images.float().cpu() * 2 - 1)
     return torch.cat(pixels)
 
@@ -133,17 +160,21 @@ def _class_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tensor) ->
 
 def _orientation_accuracy(judge: Judge, pixels: torch.Tensor, labels: torch.Tensor, flips) -> float:
     """Share of the images of one-sided classes that look the asked way."""
-    one_sided = torch.isin(labels, torch.tensor(judge.config.one_sided))
     agrees = judge.class_and_flip(pixels)[1] == flips
-    return agrees[one_sided].float().mean().item()
+    return agrees[_one_sided(judge, labels)].float().mean().item()
 
 
-def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int) -> dict:
+def _one_sided(judge: Judge, labels: torch.Tensor) -> torch.Tensor:
+    """Which images (images,) are of a class whose orientation can be told."""
+    return torch.isin(labels, torch.tensor(judge.config.one_sided, dtype=labels.dtype))
+
+
+def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count: int, seed: int, **call) -> dict:
     """What a lower `original_size` does to detail and to the class, each image from the same seed at every size."""
     prompts, labels = real.prompts(count)
     side = original_side(pipeline)
     sizes = [max(1, round(side * fraction)) for fraction in SIZE_FRACTIONS]
-    samples = [draw(pipeline, prompts, labels, seed, original_size=[(size, size)] * count) for size in sizes]
+    samples = [draw(pipeline, prompts, labels, seed, original_size=(size, size), **call) for size in sizes]
     energies = [high_frequency_energy(pixels).mean().item() for pixels in samples]
     kept = _class_kept(judge, samples)
     return {
@@ -157,7 +188,7 @@ def _detail(pipeline: ImprovedLDMPipeline, judge: Judge, real: RealImages, count
     }
 
 
-def _crop(pipeline: ImprovedLDMPipeline, real: RealImages, count: int, seed: int) -> dict:
+def _crop(pipeline: ImprovedLDMPipeline, real: RealImages, count: int, seed: int, **call) -> dict:
     """Share of the samples, each asked for one of `CROPS`, that a probe of real images takes for that crop."""
     prompts, labels = real.prompts(count)
     numbers, num_classes = torch.arange(count), len(real.class_names)
@@ -165,7 +196,7 @@ def _crop(pipeline: ImprovedLDMPipeline, real: RealImages, count: int, seed: int
     side = original_side(pipeline)
     controls = [CROPS[place].controls((side, side)) for place in asked]
     by_name = {name: [control[name] for control in controls] for name in controls[0]}
-    samples = draw(pipeline, prompts, labels, seed, **by_name)
+    samples = draw(pipeline, prompts, labels, seed, **by_name, **call)
     pixels = real.pixels[:MAX_PROBE_IMAGES]
     probe = CropProbe(pixels[::2])
     return {

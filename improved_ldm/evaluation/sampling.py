@@ -1,7 +1,7 @@
 """The samples that are measured: what is asked of a pipeline, image by image, and the folder they are drawn into."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from improved_ldm.provenance import write_json
 from improved_ldm.seeds import derive_seed
 
 METADATA, SETTINGS = "metadata.jsonl", "settings.json"
+TEXT_SETTINGS = ("text_padding", "text_noise_scale", "max_text_tokens")  # of a pipeline, beside its weights
 
 Order = Literal["in_turn", "drawn"]
 
@@ -76,7 +77,7 @@ class SamplingSettings:
 
 
 def check_call(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, control: dict[str, Any]):
-    """Raise a ValueError for control that cannot be or that the pipeline does not read, before anything is drawn."""
+    """Raise a ValueError for control, guidance or steps that the pipeline does not take, before anything is drawn."""
     unknown = sorted(control.keys() - CONTROL_INPUTS)
     if unknown:
         raise ValueError(f"`control` has {', '.join(unknown)}; it can have {', '.join(sorted(CONTROL_INPUTS))}.")
@@ -86,70 +87,113 @@ def check_call(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, contro
         raise ValueError(
             f"`control_guidance_scale` is {settings.control_guidance_scale}; the model reads no control, it must be 1."
         )
-    if settings.num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` is {settings.num_inference_steps}; it must be ≥ 1.")
+    steps = settings.num_inference_steps
+    pipeline.check_call(side, side, steps, 1, "pil", ())
+    try:
+        pipeline.set_timesteps(steps, pipeline.latent_shape(1, side, side), pipeline.device)
+    except ValueError as error:
+        sampler = type(pipeline.scheduler).__name__
+        raise ValueError(f"`num_inference_steps` is {steps}; {sampler} refuses it: {error}") from error
 
 
-def sampler_record(pipeline: ImprovedLDMPipeline, settings: SamplingSettings) -> dict[str, Any]:
-    """What draws the images: the denoiser's weights, the sampler with its own settings, and those of the call."""
-    return {
-        "denoiser_sha256": weights_sha256(pipeline.denoiser),
-        "sampler": type(pipeline.scheduler).__name__,
-        "sampler_config": json.loads(pipeline.scheduler.to_json_string()),
-        **asdict(settings),
-        "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
-    }
+def call_pipeline(
+    pipeline: ImprovedLDMPipeline, semantics: Sequence[str] | Sequence[int], seeds: Iterable[int], **call
+):
+    """Images of one call of a pipeline, each from a generator of its own.
+
+    Args:
+        pipeline: draws the images.
+        semantics: prompts or class labels, as the pipeline reads them.
+        seeds: one an image.
+        call: further arguments of the pipeline.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    name = "prompt" if pipeline.takes_text else "class_labels"
+    return pipeline(**{name: semantics}, **call, generator=generators).images
 
 
-def draw_samples(
-    pipeline: ImprovedLDMPipeline,
-    requests: list[Request],
-    settings: SamplingSettings,
-    folder: Path,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Draw what is missing of the requested images into a folder, each as a PNG that is whole or not there.
+class Sampler:
+    """Draws the requested images of a pipeline into folders, one for each setting of the call.
 
     Batches are fixed and shared among the processes of `torch.distributed`, so that neither their number nor an
-    interruption changes an image. A batch of which an image is missing is drawn again, and what is there is kept.
+    interruption changes an image. The weights are hashed once, here.
 
     Args:
         pipeline: draws the images.
         requests: one an image.
-        settings: how the pipeline is called.
-        folder: gets `000000.png` and so on, `settings.json` and `metadata.jsonl`, and is an image set that
-            `open_rows` takes.
         batch_size: images a call.
-
-    Returns:
-        What `settings.json` holds: the denoiser's hash, the sampler and the settings.
-
-    Raises:
-        ValueError: if the folder holds samples of another pipeline, of other settings or other requests.
     """
-    record = sampler_record(pipeline, settings)
-    _check_same(folder, record, requests)
-    if rank_and_world_size()[0] == 0:
-        _begin_folder(folder, record, requests)
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = own_batches(len(requests), batch_size)
-    with tqdm(total=sum(map(len, batches)), unit="img", desc="sampling", disable=rank_and_world_size()[0] > 0) as bar:
-        for numbers in batches:
-            missing = [number for number in numbers if not _file(folder, number).exists()]
-            if missing:
-                images = _draw(pipeline, [requests[number] for number in numbers], settings)
-                for number in missing:
-                    _save_whole(images[number - numbers.start], _file(folder, number))
-            bar.update(len(numbers))
-    return record
+
+    def __init__(self, pipeline: ImprovedLDMPipeline, requests: list[Request], batch_size: int):
+        self.pipeline, self.requests, self.batch_size = pipeline, requests, batch_size
+        self.identity = _identity(pipeline)
+
+    def record(self, settings: SamplingSettings) -> dict[str, Any]:
+        """What `settings.json` holds: all of the pipeline that changes an image, and how it is called."""
+        return {**self.identity, **asdict(settings)}
+
+    def check_folder(self, folder: Path, settings: SamplingSettings):
+        """Raise a ValueError if a folder holds samples of another pipeline, other settings or other requests."""
+        if not (folder / SETTINGS).exists():
+            return
+        old = json.loads((folder / SETTINGS).read_text())
+        for name, value in self.record(settings).items():
+            if old.get(name) != value:
+                there = old.get(name, "that is not recorded")
+                raise ValueError(f"{folder} was drawn with `{name}` {there}, not {value}; choose another folder.")
+        for there, asked in zip(_metadata(folder), _metadata_lines(self.requests), strict=False):
+            if there != asked:
+                raise ValueError(f"{folder} was drawn for {there}, not {asked}; choose another folder.")
+
+    def draw(self, folder: Path, settings: SamplingSettings):
+        """Draw what is missing in a folder, each image as a PNG that is whole or not there.
+
+        A batch of which an image is missing is drawn again, and what is there is kept.
+
+        Args:
+            folder: gets `000000.png` and so on, `settings.json` and `metadata.jsonl`, and is an image set that
+                `open_rows` takes.
+            settings: how the pipeline is called.
+
+        Raises:
+            ValueError: as `check_folder` does.
+        """
+        self.check_folder(folder, settings)
+        is_main = rank_and_world_size()[0] == 0
+        if is_main:
+            _begin_folder(folder, self.record(settings), self.requests)
+        folder.mkdir(parents=True, exist_ok=True)
+        batches = own_batches(len(self.requests), self.batch_size)
+        with tqdm(total=sum(map(len, batches)), unit="img", desc="sampling", disable=not is_main) as bar:
+            for numbers in batches:
+                missing = [number for number in numbers if not _file(folder, number).exists()]
+                if missing:
+                    images = self._call(numbers, settings)
+                    for number in missing:
+                        _save_whole(images[number - numbers.start], _file(folder, number))
+                bar.update(len(numbers))
+
+    def _call(self, numbers: range, settings: SamplingSettings) -> list[Image.Image]:
+        requests = self.requests[numbers.start : numbers.stop]
+        control = {name: [request.control[name] for request in requests] for name in requests[0].control}
+        semantics, seeds = [request.semantic for request in requests], [request.seed for request in requests]
+        return call_pipeline(self.pipeline, semantics, seeds, **control, **asdict(settings))
 
 
-def _draw(pipeline: ImprovedLDMPipeline, requests: list[Request], settings: SamplingSettings) -> list[Image.Image]:
-    semantics = [request.semantic for request in requests]
-    control = {name: [request.control[name] for request in requests] for name in requests[0].control}
-    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-    name = "prompt" if pipeline.takes_text else "class_labels"
-    return pipeline(**{name: semantics}, **control, **asdict(settings), generator=generators).images
+def _identity(pipeline: ImprovedLDMPipeline) -> dict[str, Any]:
+    """All of a pipeline that changes an image: weights, the sampler with its settings, and its own settings."""
+    networks = {"denoiser": pipeline.denoiser, "vae": pipeline.vae}
+    names = ["default_original_size"]
+    if pipeline.takes_text:
+        networks["text_encoder"] = pipeline.text_encoder
+        names += TEXT_SETTINGS
+    return {
+        **{f"{name}_sha256": weights_sha256(network) for name, network in networks.items()},
+        "sampler": type(pipeline.scheduler).__name__,
+        "sampler_config": json.loads(pipeline.scheduler.to_json_string()),
+        **{name: pipeline.config[name] for name in names},
+        "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
+    }
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -160,19 +204,6 @@ def _save_whole(image: Image.Image, file: Path):
     unfinished = file.with_suffix(".unfinished")
     image.save(unfinished, format="PNG")
     unfinished.replace(file)
-
-
-def _check_same(folder: Path, record: dict[str, Any], requests: list[Request]):
-    """Compare a folder that is there with what is about to be drawn into it."""
-    if not (folder / SETTINGS).exists():
-        return
-    old = json.loads((folder / SETTINGS).read_text())
-    for name, value in record.items():
-        if old.get(name) != value:
-            raise ValueError(f"{folder} was drawn with `{name}` {old.get(name)}, not {value}; choose another folder.")
-    for there, asked in zip(_metadata(folder), _metadata_lines(requests), strict=False):
-        if there != asked:
-            raise ValueError(f"{folder} was drawn for {there}, not {asked}; choose another folder.")
 
 
 def _begin_folder(folder: Path, record: dict[str, Any], requests: list[Request]):

@@ -35,7 +35,7 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def kernel_distance(
-    real: torch.Tensor, fake: torch.Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    real: torch.Tensor, fake: torch.Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Squared maximum mean discrepancy of two sets of features; KID if the features are Inception's.
 
@@ -75,7 +75,7 @@ def kernel_distance(
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
 
 
-def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """exp E KL(p(y|x) ‖ p(y)): how sure a classifier is of each sample, and how evenly the samples fill its classes.
 
     Args:
@@ -101,13 +101,16 @@ def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
 
 
-def manifold_scores(real: torch.Tensor, fake: torch.Tensor, nearest_k: int = 5) -> dict[str, float]:
+def manifold_scores(
+    real: torch.Tensor, fake: torch.Tensor, nearest_k: int = 5, real_radii: torch.Tensor | None = None
+) -> dict[str, float]:
     """How far two sets lie in each other, each sample taken as a ball up to its `nearest_k`-th nearest neighbour.
 
     Args:
         real: (real, dim) features.
         fake: (fake, dim) features.
         nearest_k: neighbours in the same set that set the radius around each sample.
+        real_radii: `nearest_radii` of the real features, where several fake sets are compared with them.
 
     Returns:
         precision: share of the fake samples in the ball of some real one, in [0, 1].
@@ -124,7 +127,9 @@ def manifold_scores(real: torch.Tensor, fake: torch.Tensor, nearest_k: int = 5) 
     _check_count("nearest_k", nearest_k, 1)
     _check_features(real, fake, at_least=nearest_k + 1)
     real, fake = real.double(), fake.double().to(real.device)
-    real_radii, fake_radii = _radii(real, nearest_k), _radii(fake, nearest_k)
+    if real_radii is None:
+        real_radii = nearest_radii(real, nearest_k)
+    fake_radii = nearest_radii(fake, nearest_k)
 
     precise = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     num_recalled = num_covered = num_held = 0
@@ -166,9 +171,9 @@ def high_frequency_energy(pixels: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 1e-12, 1 - low / total.clamp(min=1e-12), 0).float()
 
 
-def _radii(features: torch.Tensor, nearest_k: int) -> torch.Tensor:
-    """Distance (samples,) of each sample to its `nearest_k`-th nearest neighbour."""
-    radii = []
+def nearest_radii(features: torch.Tensor, nearest_k: int) -> torch.Tensor:
+    """Distance (samples,) of each sample (samples, dim) to its `nearest_k`-th nearest neighbour, in float64."""
+    features, radii = features.double(), []
     for rows in _row_blocks(len(features), len(features)):
         distances = torch.cdist(features[rows], features)
         radii.append(distances.kthvalue(nearest_k + 1, dim=1).values)  # the nearest is the sample itself

@@ -1,33 +1,131 @@
-"""The model card of a trained folder, rendered from its configuration and its metrics."""
+"""Model cards, rendered from a run's configuration, its metrics and its lineage."""
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from improved_ldm.data.sources import is_hub_id
+from improved_ldm.hub.eval_results import EVAL_RESULTS, conditions, judged_results, score_results, write_entries
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAG = "improved_ldm"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_PART = re.compile(r"(?<=^## Evaluation\n\n).*?(?=\n\n## |\Z)", re.DOTALL | re.MULTILINE)
+# Licences that are known; every other set, autoencoder and text encoder states its own.
+LICENCES = {
+    "embedded:fashion-mnist": "MIT, Copyright 2017 Zalando SE",
+    "embedded:autoencoder": "Apache-2.0",
+    "embedded:clip": "Apache-2.0",
+}
 
 
 def usage_lines(folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -> str:
     """Five lines of Python that load a folder and draw."""
-    semantic = f"prompt={prompt!r}" if pipeline.takes_text else f"class_labels={prompt}"
+    semantic = f"prompt={json.dumps(prompt, ensure_ascii=False)}" if pipeline.takes_text else f"class_labels={prompt}"
     flip = ", flip=True" if "flip" in pipeline.denoiser.control_inputs else ""
     return "\n".join(
         [
             "import improved_ldm",
             "from diffusers import DiffusionPipeline",
+            "",
             f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
             f"image = pipe({semantic}{flip}).images[0]",
             'image.save("image.png")',
         ]
+    )
+
+
+def card_data(
+    name: str, pipeline: ImprovedLDMPipeline, config: dict[str, Any], tags: list[str], **more: Any
+) -> ModelCardData:
+    """The front matter of a card: what the Hub sorts models by.
+
+    Args:
+        name: of the model.
+        pipeline: what was trained.
+        config: the run's configuration.
+        tags: beside the family's.
+        more: further fields.
+    """
+    source = config["data"]["source"]
+    return ModelCardData(
+        license=config["hub"]["license"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if pipeline.takes_text else "unconditional-image-generation",
+        tags=[TAG, *tags],
+        datasets=[source] if is_hub_id(source) else None,
+        model_name=name,
+        **more,
+    )
+
+
+def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the templates of all cards are filled with."""
+    return {
+        "config": config,
+        "metrics": metrics,
+        "licences": LICENCES,
+        "semantic": "prompt" if pipeline.takes_text else "class",
+    }
+
+
+def render_card(
+    address: str,
+    pipeline: ImprovedLDMPipeline,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    prompt: str | int,
+    picture: str | None = None,
+    control_picture: str | None = None,
+    sizes: Sequence[dict[str, Any]] = (),
+) -> ModelCard:
+    """The card of a trained model, or of one that could be trained.
+
+    Args:
+        address: folder that the lines of use load; its last part is the model's name.
+        pipeline: what was trained; no weights are read.
+        config: the run's configuration.
+        metrics: what `metrics.json` holds; the card claims nothing else. Before training, the `command` alone.
+        prompt: for the lines of use, a text or a class label.
+        picture: file name of the sample grid; None shows none.
+        control_picture: file name of the picture of the control's effect; None shows none.
+        sizes: of the family member, each with `size`, `summary`, `parameters` and `multiply_adds`; empty lists none.
+
+    Returns:
+        The card.
+    """
+    name, denoiser = Path(address).name, pipeline.denoiser
+    disentangled = denoiser.config.conditioning == "disentangled"
+    tags, start = ["disentangled-conditioning"] if disentangled else [], config["denoiser"]["pretrained"]
+    data = card_data(name, pipeline, config, tags, base_model=start if is_hub_id(start) else None)
+    data.eval_results = judged_results(data.pipeline_tag, config["data"]["source"], metrics.get("obedience", {}))
+    data.eval_results = data.eval_results or None
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        **card_parts(pipeline, config, metrics),
+        name=name,
+        address=address,
+        trained="images_seen" in metrics,
+        disentangled=disentangled,
+        takes_text=pipeline.takes_text,
+        usage=usage_lines(address, pipeline, prompt),
+        denoiser=f"`{type(denoiser).__name__}`, {denoiser.summary}",
+        parameters=denoiser.num_parameters(),
+        control=denoiser.control_inputs,
+        lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
+        side=pipeline.default_size,
+        evaluation=_judged_text(metrics),
+        picture=picture,
+        control_picture=control_picture,
+        sizes=sizes,
     )
 
 
@@ -38,56 +136,31 @@ def write_card(
     metrics: dict[str, Any],
     prompt: str | int,
     picture: str,
+    control_picture: str | None = None,
 ) -> Path:
-    """Write the card of a trained folder as its README.md.
+    """Write the card of a trained folder as its README.md; all else is as in `render_card`.
 
     Args:
         folder: the trained folder.
-        pipeline: what was trained.
-        config: the run's configuration.
-        metrics: what `metrics.json` holds; the card claims nothing else.
-        prompt: for the lines of use.
-        picture: file name of the sample grid.
 
     Returns:
         The file.
     """
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image" if pipeline.takes_text else "unconditional-image-generation",
-        tags=[TAG, "disentangled-conditioning"],
-        model_name=folder.name,
-        eval_results=_judged_results(config["data"]["source"], metrics) or None,
-    )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=folder.name,
-        semantic="prompt" if pipeline.takes_text else "class",
-        picture=picture,
-        usage=usage_lines(folder.as_posix(), pipeline, prompt),
-        denoiser=type(pipeline.denoiser).__name__,
-        size=pipeline.denoiser.summary,
-        conditioning=config["denoiser"]["conditioning"],
-        parameters=f"{metrics['parameters']:,}",
-        source=config["data"]["source"],
-        split=config["data"]["split"],
-        prediction=config["objective"]["prediction"],
-        images=f"{metrics['images_seen']:,}",
-        device=metrics["device"],
-        command=metrics["command"],
-        evaluation=_judged_text(metrics),
-        control=pipeline.denoiser.control_inputs,
-        lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
-        side=pipeline.default_size,
-    )
     file = folder / "README.md"
-    card.save(file)
+    render_card(folder.as_posix(), pipeline, config, metrics, prompt, picture, control_picture).save(file)
     return file
+
+
+def forget_evaluation(folder: Path):
+    """Remove what an evaluation left beside the card of a folder, before other weights take the place of its own."""
+    (folder / EVALUATION_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)
 
 
 def update_card(folder: Path) -> bool:
     """Show what `evaluation.json` of a trained folder holds in the evaluation part of its card, and nowhere else.
+
+    Beside the card, scores against a dataset of the Hub become the Hub's entries in `.eval_results/`.
 
     Args:
         folder: the trained folder, as a training script and then `training/evaluate.py` leave it.
@@ -103,14 +176,15 @@ def update_card(folder: Path) -> bool:
         return False
     evaluation = json.loads((folder / EVALUATION_FILE).read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    judged = _judged(evaluation) if evaluation.get("obedience") else metrics
-    card.data.eval_results = _judged_results(config["data"]["source"], judged) + _evaluation_results(evaluation)
-    text = _evaluation_text(evaluation)
+    source = yaml.safe_load((folder / "config.yaml").read_text())["data"]["source"]
+    judged, task = _judged(evaluation) if evaluation.get("obedience") else metrics, card.data.pipeline_tag
+    card.data.eval_results = judged_results(task, source, judged["obedience"]) + score_results(task, evaluation)
+    text = f"{_table(evaluation['scores'])}\n\n{conditions(evaluation)}"
     if judged["obedience"]:
         text += f"\n\n{_judged_text(judged)}"
     card.text = EVALUATION_PART.sub(lambda _: text, card.text, count=1)
     card.save(file)
+    write_entries(folder, evaluation)
     return True
 
 
@@ -127,69 +201,8 @@ def _judged(evaluation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _judged_results(source: str, metrics: dict[str, Any]) -> list[EvalResult]:
-    """What the judge found in the model's samples; what it says of real images is not of the model."""
-    return [
-        _eval_result(name, value, source, "test")
-        for name, value in metrics["obedience"].items()
-        if isinstance(value, float) and not name.startswith("real_")
-    ]
-
-
-def _evaluation_results(evaluation: dict[str, Any]) -> list[EvalResult]:
-    reference = evaluation["reference"]
-    height, width = reference["resolution"]
-    subset = {
-        "dataset_config": f"{reference['images']} images at {height}x{width}",
-        "dataset_args": {"sha256": reference["sha256"], "conditions": _conditions(evaluation)},
-    }
-    return [
-        _eval_result(name, value, reference["source"], reference["split"], **subset)
-        for name, value in evaluation["scores"].items()
-    ]
-
-
-def _eval_result(name: str, value: float, source: str, split: str, **subset: Any) -> EvalResult:
-    return EvalResult(
-        task_type="text-to-image",
-        dataset_type=source.removeprefix("embedded:"),
-        dataset_name=source.removeprefix("embedded:"),
-        dataset_split=split,
-        metric_type=name,
-        metric_name=name.replace("_", " "),
-        metric_value=value,
-        **subset,
-    )
-
-
-def _evaluation_text(evaluation: dict[str, Any]) -> str:
-    return f"{_table(evaluation['scores'])}\n\n{_conditions(evaluation)}"
-
-
-def _conditions(evaluation: dict[str, Any]) -> str:
-    """What the scores of an evaluation depend on, in one line."""
-    reference, samples = evaluation["reference"], evaluation["samples"]
-    first, last = samples["seeds"]
-    networks = [
-        f"{what} {network['name']} ({network['sha256'][:12]})"
-        for what, network in (("Features", evaluation["features"]), ("CLIP", evaluation["clip"]))
-        if network is not None
-    ]
-    parts = [
-        *networks,
-        f"reference `{reference['source']}` {reference['split']}, {reference['images']} images "
-        f"({reference['sha256'][:12]})",
-        f"{samples['images']} samples, {samples['labels']}",
-        f"{samples['sampler']}, {samples['num_inference_steps']} steps",
-        f"guidance {samples['guidance_scale']}, control guidance {samples['control_guidance_scale']}",
-        *([f"control {samples['control']}"] if samples["control"] else []),
-        f"seeds {first} to {last}, {samples['dtype']}",
-    ]
-    return f"{'; '.join(parts)}."
-
-
 def _judged_text(metrics: dict[str, Any]) -> str:
-    obedience = metrics["obedience"]
+    obedience = metrics.get("obedience")
     if not obedience:
         return "Not measured."
     note = (

@@ -13,13 +13,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from improved_ldm.conditioning.inputs import Conditioning
+from improved_ldm.loading import CheckedModel
 from improved_ldm.models.positions import interpolate_grid, sincos_grid
 from improved_ldm.models.trunk import ConditioningMode, ConditioningTrunk, PooledEmbedding
 
 PositionTransfer = Literal["resample", "interpolate", "extrapolate", "keep"]
 
 
-class Denoiser(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class Denoiser(CheckedModel, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Base of the denoisers. Each keeps this contract:
 
     `forward(hidden_states, timestep, encoder_hidden_states=None, encoder_attention_mask=None, class_labels=None,

@@ -16,7 +16,7 @@ from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.layers import AttentionProcessor
 from improved_ldm.models.trunk import ConditioningTrunk, PooledEmbedding
 
-NORM_EPS = 1e-5
+GROUP_NORM_EPS = 1e-5
 
 
 class UNetAttentionProcessor(AttentionProcessor):
@@ -126,7 +126,7 @@ class UNetDenoiser(Denoiser):
         level = {  # what diffusers' blocks have in common
             "temb_channels": embedding_dim,
             "cross_attention_dim": token_dim,
-            "resnet_eps": NORM_EPS,
+            "resnet_eps": GROUP_NORM_EPS,
             "resnet_act_fn": "silu",
             "resnet_groups": norm_num_groups,
             "use_linear_projection": use_linear_projection,
@@ -169,7 +169,7 @@ class UNetDenoiser(Denoiser):
             )
             for i in reversed(range(last + 1))
         )
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.set_attn_processor(UNetAttentionProcessor())
         self.gradient_checkpointing = False

@@ -22,7 +22,7 @@ from improved_ldm.data.sources import Rows, RowStream
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.embedded import resolve
 from improved_ldm.seeds import derive_seed
-from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.run import Run
 
 SURVEYED_ROWS = 256
@@ -93,7 +93,7 @@ def open_batches(run: Run, rows: Rows, encoder: SampleEncoder) -> CachedLoader |
     return EncodingLoader(loader, encoder, derive_seed(config.seed, rank))
 
 
-def image_transform(config: RunConfig) -> ImageTransform:
+def image_transform(config: SharedConfig) -> ImageTransform:
     """The transform of a run's training images."""
     return ImageTransform(**config.transform.model_dump())
 

@@ -32,7 +32,7 @@ TEXT_TOWERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5
 
 def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
     """The autoencoder, frozen."""
-    vae = AutoModel.from_pretrained(resolve(config.pretrained), subfolder=config.subfolder or "")
+    vae = AutoModel.from_pretrained(resolve(config.pretrained), subfolder=config.subfolder or "", use_safetensors=True)
     return vae.requires_grad_(False).eval()
 
 
@@ -46,7 +46,7 @@ def load_text_encoder(config: TextConfig) -> tuple[PreTrainedTokenizerBase, PreT
     encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(place).model_type, AutoTransformersModel)
     tokenizer = AutoTokenizer.from_pretrained(place)
     with _quiet_transformers():  # it reports the weights of the image tower, which is left out on purpose
-        text_encoder = encoder_class.from_pretrained(place)
+        text_encoder = encoder_class.from_pretrained(place, use_safetensors=True)
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ValueError(f"`text.max_tokens` is {config.max_tokens}; {config.pretrained} has {positions} positions.")
@@ -127,7 +127,7 @@ def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:
     Raises:
         ValueError: where its config differs from what the run needs.
     """
-    denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "")
+    denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "", use_safetensors=True)
     needed["conditioning"] = config.conditioning
     for name, value in needed.items():
         if denoiser.config.get(name) != value:

@@ -5,16 +5,21 @@ pydantic checks types and ranges; unknown keys stop a run with the nearest valid
 
 import difflib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from huggingface_hub.constants import DEFAULT_REVISION
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart, ControlWeight
 from improved_ldm.conditioning.text import TextPadding
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction
+from improved_ldm.hub.repository import check_repository_name
 from improved_ldm.models.denoiser import PositionTransfer
 from improved_ldm.models.trunk import ConditioningMode
 from improved_ldm.transfer.resolution import NoiseTransfer
@@ -29,7 +34,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of a configuration: its fields are all there is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    short_names: ClassVar[dict[str, str]] = {}  # argument of the command line → the key that it stands for
 
 
 class DataConfig(Section):
@@ -239,9 +246,52 @@ class EvaluationConfig(Section):
     """
 
     judge: str | None = "embedded:judge"
-    num_samples: int = Field(500, ge=1)
-    num_coverage_samples: int = Field(1000, ge=2)
+    num_samples: int = Field(500, ge=2)
+    num_coverage_samples: int = Field(1000, ge=6)  # coverage has 5 neighbours
     num_detail_samples: int = Field(100, ge=1)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of samples, as `evaluate_obedience` takes them."""
+        return self.model_dump(exclude={"judge"})
+
+
+class HubConfig(Section):
+    """What the Hub is told, and where a run is pushed to while it trains.
+
+    Args:
+        license: of the weights, as the Hub calls it: `apache-2.0`, `cc-by-nc-4.0`, … Only who trains them can know.
+        repo: `user/name` on the Hub; it is made where there is none.
+        push_every: steps between pushes of the pipeline with the averaged weights; 0 pushes nothing.
+        branch: that they go to, one commit each; not `main`, where versions are published.
+        private: whether the repository must be private.
+    """
+
+    license: str = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    repo: str | None = None
+    push_every: int = Field(0, ge=0)
+    branch: str = "training"
+    private: bool = False
+
+    @field_validator("repo")
+    @classmethod
+    def _has_an_owner(cls, repo: str | None):
+        if repo is not None:
+            check_repository_name(repo)
+        return repo
+
+    @field_validator("branch")
+    @classmethod
+    def _leaves_versions_alone(cls, branch: str):
+        if branch == DEFAULT_REVISION:
+            raise ValueError("that is where versions are published; unfinished weights go to another branch")
+        return branch
+
+    @model_validator(mode="after")
+    def _has_a_place(self):
+        if self.push_every and self.repo is None:
+            raise ValueError("`push_every` needs a `repo` to push to")
+        return self
 
 
 class StageConfig(Section):
@@ -274,14 +324,33 @@ class StageConfig(Section):
     average: Literal["carry", "reset"] = "carry"
 
 
-class RunConfig(Section):
-    """A training run, whole.
+class LoraConfig(Section):
+    """The adapter; the fields are settings of PEFT's `LoraConfig`.
+
+    Args:
+        rank: r, width of the low-rank update.
+        alpha: the update is scaled by `alpha` / `rank`; the default is `rank`.
+        rslora: scale by `alpha` / sqrt(`rank`) instead.
+        dora: learn the norms of the weights apart from their directions.
+        targets: endings of the names of the denoiser's layers that it is on; the default is all projections of
+            attention.
+        text_encoder: put it on the attention of the text encoder as well. Text is then encoded while it trains.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    rslora: bool = False
+    dora: bool = False
+    targets: tuple[str, ...] | None = None
+    text_encoder: bool = False
+
+
+class SharedConfig(Section):
+    """What every training run has.
 
     Args:
         output_dir: where everything goes.
         seed: of weights, data order, noise and samples.
-        stages: resolutions to train at, one after the other; none trains at `transform.resolution`.
-        after: what a stage begins with, in the configuration of a stage alone; a run has nothing to say here.
     """
 
     output_dir: str = "runs/quickstart"
@@ -291,12 +360,39 @@ class RunConfig(Section):
     cache: CacheConfig = CacheConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text: TextConfig = TextConfig()
-    denoiser: DenoiserConfig = DenoiserConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    hub: HubConfig = HubConfig()
+
+
+class AdapterRunConfig(SharedConfig):
+    """The training of an adapter.
+
+    Resolution, autoencoder, text, prediction and the settings of sampling are the base's. They need not be given, and
+    cannot be changed.
+
+    Args:
+        base: folder or Hub id of the pipeline that the adapter is for.
+    """
+
+    short_names: ClassVar[dict[str, str]] = {"data": "data.source"}
+
+    base: str
+    lora: LoraConfig = LoraConfig()
+
+
+class RunConfig(SharedConfig):
+    """The training of a model.
+
+    Args:
+        stages: resolutions to train at, one after the other; none trains at `transform.resolution`.
+        after: what a stage begins with, in the configuration of a stage alone; a run has nothing to say here.
+    """
+
+    denoiser: DenoiserConfig = DenoiserConfig()
     stages: tuple[StageConfig, ...] = ()
     after: dict[str, Any] | None = None
 
@@ -349,8 +445,11 @@ def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: 
         if not Path(path).is_file():
             raise ConfigError(f"--config {path}: there is no such file.")
         values = yaml.safe_load(Path(path).read_text()) or {}
+    short_names = getattr(config_class, "short_names", {})
+    texts = {path for path, field in _key_paths(config_class) if field.annotation in (str, str | None)}
     for key, value in overrides.items():
-        _set_nested(values, key, _parse_value(key, value))
+        name = short_names.get(key, key)
+        _set_nested(values, name, _parse_value(key, value, is_text=name in texts))
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -371,6 +470,22 @@ def parse_config_or_exit(
         sys.exit(f"configuration error: {error}")
 
 
+@contextmanager
+def exit_on_error(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """End a script with one line where what it was given is wrong or cannot be had, or where it is interrupted.
+
+    Args:
+        what: did not happen; it begins the line.
+        errors: that are expected beside `OSError` and `ValueError`.
+    """
+    try:
+        yield
+    except (OSError, ValueError, *errors) as error:
+        sys.exit(f"{what}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from there")
+
+
 def _pair_arguments(argv: list[str]) -> dict[str, str]:
     pairs, words = {}, list(argv)
     while words:
@@ -386,9 +501,11 @@ def _pair_arguments(argv: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _parse_value(key: str, value: str):
+def _parse_value(key: str, value: str, is_text: bool):
+    """A value of the command line, read as YAML; where a text is asked for, a number or a date is its own text."""
     try:
-        return yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
+        return value if is_text and isinstance(parsed, int | float | date) else parsed
     except yaml.YAMLError:
         raise ConfigError(f"--{key} is {value!r}, which is not YAML; quote it: --{key} '\"{value}\"'.") from None
 
@@ -404,6 +521,8 @@ def _set_nested(values: dict, key: str, value):
 
 def _explain(config_class: type[BaseModel], problem: dict) -> str:
     key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "missing":
+        return f"`{key}` is not given; give `--{key}`."
     if problem["type"] != "extra_forbidden":
         return f"`{key}` is {problem['input']!r}: {problem['msg']}."
     known = dict(_key_paths(config_class))

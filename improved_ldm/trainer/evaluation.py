@@ -31,10 +31,10 @@ class EvaluateConfig(Section):
         seed: image i is drawn from `seed` + i.
         labels: classes `balanced`, in turn, or `drawn` as often as they are in the reference set. Captions of the
             reference set are taken in turn.
-        control: control arguments of the pipeline, for every image.
+        control: control arguments of the pipeline, for every image that is scored; obedience sets its own.
         num_inference_steps, guidance_scale: the pipeline's own by default.
         dtype: of the pipeline.
-        sweep: ranges of the guidance scales.
+        sweep: ranges of the guidance scales; it is not judged and changes no card.
         features: network of the distances: `inception`, `inception:FILE`, `embedded:judge`, … see `open_features`.
         clip: network of the CLIP score, see `open_clip_scorer`; None measures none.
         scores: subsets, splits and neighbours.
@@ -79,6 +79,7 @@ class EvaluateConfig(Section):
         return self.output_dir or Path("runs/evaluation") / Path(self.pipeline or self.samples).resolve().name
 
 
+NOT_IN_A_SWEEP = {"obedience", "perceptual", "update_card"}
 # Keys that say how samples are drawn, and nothing of images that are there.
 OF_A_PIPELINE = {
     "num_samples",
@@ -90,9 +91,9 @@ OF_A_PIPELINE = {
     "control_guidance_scale",
     "dtype",
     "sweep",
-    "obedience",
-    "perceptual",
-    "update_card",
+    "caption_column",
+    "label_column",
+    *NOT_IN_A_SWEEP,
 }
 
 
@@ -108,6 +109,9 @@ def check_keys(config: EvaluateConfig):
         twice = parse_sweep(config.sweep)[0].keys() & config.model_fields_set
         if twice:
             raise ValueError(f"`{min(twice)}` is given, but `sweep` varies it.")
+        ignored = config.model_fields_set & NOT_IN_A_SWEEP
+        if ignored:
+            raise ValueError(f"`{min(ignored)}` is given, but a `sweep` is neither judged nor shown on a card.")
 
 
 def load_pipeline(config: EvaluateConfig) -> ImprovedLDMPipeline:
@@ -147,8 +151,16 @@ def sampling_settings(
     return settings
 
 
-def check_prompts(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None, samples: Samples | None):
-    """Raise a ValueError where a CLIP score is asked for but there are no prompts."""
+def check_semantics(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None, samples: Samples | None):
+    """Raise a ValueError where captions or labels are asked for that are not read, or a CLIP score without prompts."""
+    if pipeline is not None:
+        takes_text = pipeline.takes_text
+        if takes_text and config.labels == "drawn":
+            raise ValueError("`labels` is 'drawn'; a text pipeline is asked for captions, it must be 'balanced'.")
+        if not takes_text and "caption_column" in config.model_fields_set:
+            raise ValueError("`caption_column` is given, but the pipeline is class-conditional and reads no captions.")
+        if config.labels == "balanced" and "label_column" in config.model_fields_set:
+            raise ValueError("`label_column` is given, but labels are read where `labels` is 'drawn' only.")
     if config.clip is None:
         return
     if pipeline is not None and not pipeline.takes_text:
@@ -166,6 +178,7 @@ def read_reference(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None,
     Raises:
         ValueError: for another set, or one without the captions or labels that the pipeline is asked for.
     """
+    expected = _expected_hashes(config)
     takes_text = pipeline is not None and pipeline.takes_text
     reads_labels = pipeline is not None and not takes_text and config.labels == "drawn"
     reference = open_reference(
@@ -179,12 +192,23 @@ def read_reference(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None,
         caption_column=config.caption_column if takes_text else None,
         label_column=config.label_column if reads_labels else None,
     )
+    check_reference(reference, expected)
+    return reference
+
+
+def _expected_hashes(config: EvaluateConfig) -> dict[str, str]:
+    """The hash that is asked for, and those of the numbers in the output folder, by who expects them."""
     expected = {} if config.reference_hash is None else {"`reference_hash`": config.reference_hash}
     for file in (config.folder / "metrics.json", config.folder / "sweep.json"):
         if file.exists():
-            expected[str(file)] = json.loads(file.read_text())["reference"]["sha256"]
-    check_reference(reference, expected)
-    return reference
+            record = json.loads(file.read_text())
+            if "reference" not in record:
+                raise ValueError(
+                    f"`output_dir` is {config.folder}; its {file.name} is of no evaluation and would be overwritten. "
+                    "Choose another folder."
+                )
+            expected[str(file)] = record["reference"]["sha256"]
+    return expected
 
 
 def make_all_requests(config: EvaluateConfig, pipeline: ImprovedLDMPipeline, reference: Reference) -> list[Request]:
@@ -196,8 +220,6 @@ def make_all_requests(config: EvaluateConfig, pipeline: ImprovedLDMPipeline, ref
     order = "in_turn"
     if pipeline.takes_text:
         choices = reference.captions
-        if config.labels == "drawn":
-            raise ValueError("`labels` is 'drawn'; a text pipeline is asked for captions, it must be 'balanced'.")
         if not any(choices):
             raise ValueError(
                 f"`caption_column` is {config.caption_column!r}; all captions of {config.data} are empty."

@@ -8,8 +8,10 @@ import matplotlib
 import torch
 from PIL import Image
 
+from improved_ldm.evaluation.obedience import original_side
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.trainer.adapters import put_into
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -20,7 +22,7 @@ SIZE_FRACTION = 0.3
 
 def control_variants(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
     """What the columns of a grid ask for: label → control arguments of the pipeline."""
-    side = pipeline.config.default_original_size
+    side = original_side(pipeline)
     small = max(1, round(side * SIZE_FRACTION))
     crop = side * CROP_FRACTION
     variants = {
@@ -36,6 +38,8 @@ def control_variants(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
 def draw_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, file: Path):
     """Sample every row with every control variant from one seed and save the labelled grid.
 
+    Beside an adapter's samples stand those of its base.
+
     Args:
         pipeline: draws the images.
         rows: prompts, or class labels.
@@ -43,9 +47,50 @@ def draw_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: 
         file: PNG to write.
     """
     variants = control_variants(pipeline)
-    columns = [_draw(pipeline, rows, seed, arguments) for arguments in variants.values()]
+    columns = {label: _draw(pipeline, rows, seed, arguments) for label, arguments in variants.items()}
+    if pipeline.get_active_adapters():
+        pipeline.disable_lora()
+        columns = {"base": _draw(pipeline, rows, seed, {}), **columns}
+        pipeline.enable_lora()
     labels = [row if isinstance(row, str) else _class_name(pipeline, row) for row in rows]
-    save_grid(columns, labels, list(variants), file)
+    save_grid(list(columns.values()), labels, list(columns), file)
+
+
+def control_views(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
+    """What the columns of a control picture ask for: sizes from small to whole, then crops from corner to corner."""
+    side = original_side(pipeline)
+    crop = side * CROP_FRACTION
+    sizes = [max(1, round(side * share)) for share in (SIZE_FRACTION, (1 + SIZE_FRACTION) / 2, 1)]
+    views = {f"original_size\n{size} x {size}": {"original_size": (size, size)} for size in sizes}
+    for label, top, left in (("top left", 0, 0), ("top right", 0, 1), ("bottom left", 1, 0), ("bottom right", 1, 1)):
+        corner = (top * (side - crop), left * (side - crop))
+        arguments = {"crops_coords_top_left": corner, "crop_size": (crop, crop)}
+        views[f"crop {CROP_FRACTION:.0%}\n{label}"] = arguments
+    read = pipeline.denoiser.control_inputs
+    return {label: arguments for label, arguments in views.items() if arguments.keys() <= read}
+
+
+def draw_control(pipeline: ImprovedLDMPipeline, row: str | int, seed: int, file: Path) -> Path | None:
+    """Draw one prompt or class from one seed at several sizes and crops, as it is and mirrored, and save the grid.
+
+    Args:
+        pipeline: draws the images.
+        row: the prompt, or the class label.
+        seed: of every image.
+        file: PNG to write.
+
+    Returns:
+        The file; None for a model that reads no such control.
+    """
+    name = row if isinstance(row, str) else _class_name(pipeline, row)
+    views, labels, mirrored = control_views(pipeline) or {"plain": {}}, [name], {}
+    if "flip" in pipeline.denoiser.control_inputs:
+        labels, mirrored = [name, f"flip: {name}"], {"flip": [False, True]}
+    if len(views) * len(labels) == 1:
+        return None
+    columns = [_draw(pipeline, [row] * len(labels), seed, arguments | mirrored) for arguments in views.values()]
+    save_grid(columns, labels, list(views), file)
+    return file
 
 
 def grid_drawer(
@@ -54,7 +99,7 @@ def grid_drawer(
     """A function of a denoiser and a step that draws the grid of that denoiser into a folder."""
 
     def draw(denoiser: Denoiser, step: int):
-        pipeline.denoiser = denoiser
+        put_into(pipeline, denoiser)
         draw_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
 
     return draw

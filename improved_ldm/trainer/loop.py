@@ -31,8 +31,11 @@ def train(
     on_sample: Callable[[Denoiser, int], None] | None = None,
     averaged: Denoiser | None = None,
     optimizer_state: dict[str, Any] | None = None,
+    on_push: Callable[[Denoiser, int], None] | None = None,
 ) -> Denoiser:
     """Train a denoiser from the newest checkpoint, or from the start, to the last step of the configuration.
+
+    Of a denoiser with adapters those alone are trained, averaged and kept in checkpoints.
 
     Ctrl-C, or a signal to terminate, ends it after the current step with a checkpoint.
 
@@ -45,6 +48,7 @@ def train(
         averaged: the average to begin with; default: the model itself.
         optimizer_state: moments to begin with, of a model with the same parameters; where a shape differs they start
             afresh.
+        on_push: called as `on_sample` is, every `hub.push_every` steps.
 
     Returns:
         The averaged denoiser (float32).
@@ -55,7 +59,9 @@ def train(
     """
     config, accelerator = run.config.training, run.accelerator
     denoiser, optimizer, ema = _prepare(run, denoiser, averaged, optimizer_state)
-    checkpoints = Checkpoints(accelerator, run.folder / "checkpoints", config.keep_checkpoints, ema, batches)
+    inner = accelerator.unwrap_model(denoiser)
+    frozen = frozenset(name for name, parameter in inner.named_parameters() if not parameter.requires_grad)
+    checkpoints = Checkpoints(accelerator, run.folder / "checkpoints", config.keep_checkpoints, ema, batches, frozen)
     start = checkpoints.resume()
     progress = Progress(run, start)
     batch_iterator = iter(batches)
@@ -72,10 +78,11 @@ def train(
 
             done = step + 1
             progress.after_step(done, loss, gradient_norm, optimizer.param_groups[0]["lr"])
-            if on_sample is not None and run.config.sampling.every and done % run.config.sampling.every == 0:
-                if accelerator.is_main_process:
-                    on_sample(ema.module, done)
-                accelerator.wait_for_everyone()
+            for every, call in ((run.config.sampling.every, on_sample), (run.config.hub.push_every, on_push)):
+                if call is not None and every and done % every == 0:
+                    if accelerator.is_main_process:
+                        call(ema.module, done)
+                    accelerator.wait_for_everyone()
             stopping = _agree(run, stop, done)
             if stopping or done == config.steps or done % config.checkpoint_every == 0:
                 _check_weights(denoiser, done)
@@ -91,8 +98,11 @@ def _prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel]:
     """The model and the optimizer on their device, and the running average of the weights (float32)."""
     config, optimizer_config = run.config.training, run.config.optimizer
-    denoiser.train().requires_grad_(True)
+    denoiser.train()
+    if not getattr(denoiser, "peft_config", None):  # adapters have frozen what they are on
+        denoiser.requires_grad_(True)
     ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(optimizer_config.ema_decay))
+    _share_frozen(denoiser, ema.module)
     if averaged is not None:
         ema.module.load_state_dict(averaged.state_dict())
         ema.n_averaged += 1  # or the first update would copy the model
@@ -102,7 +112,7 @@ def _prepare(
     if config.compile:
         denoiser.compile_repeated_blocks(fullgraph=True)
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(),
+        [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
         lr=optimizer_config.learning_rate,
         betas=optimizer_config.betas,
         weight_decay=optimizer_config.weight_decay,
@@ -112,6 +122,14 @@ def _prepare(
         optimizer.load_state_dict(_fitting(optimizer_state, optimizer))
     denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)
     return denoiser, optimizer, ema
+
+
+def _share_frozen(model: nn.Module, copy: nn.Module):
+    """Give a copy of a model the model's own frozen weights: one base under the adapters and their average."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            layer, _, own_name = name.rpartition(".")
+            setattr(copy.get_submodule(layer), own_name, parameter)
 
 
 def _fitting(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

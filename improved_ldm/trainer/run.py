@@ -11,7 +11,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.state import check_same_run
 
 EVALUATION_TIME = timedelta(hours=3)  # for which processes wait for the main one
@@ -27,7 +27,7 @@ class Run:
         accelerator: its processes and precision.
     """
 
-    config: RunConfig
+    config: SharedConfig
     folder: Path
     accelerator: Accelerator
 
@@ -43,7 +43,7 @@ class Run:
             self.accelerator.print(text)
 
 
-def start_run(config: RunConfig) -> Run:
+def start_run(config: SharedConfig) -> Run:
     """Make the run's folder, keep its configuration there and seed the weights.
 
     Raises:
@@ -71,7 +71,7 @@ def share_cores(accelerator: Accelerator, cpu_threads: int | None):
         torch.set_num_threads(cpu_threads or max(1, _free_cores() // accelerator.num_processes))
 
 
-def write_config(config: RunConfig, file: Path):
+def write_config(config: SharedConfig, file: Path):
     """Keep a configuration as YAML."""
     file.parent.mkdir(parents=True, exist_ok=True)
     values = config.model_dump(mode="json")

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "training.cpu_threads",
     "sampling",
     "evaluation",
+    "hub",
 )
 
 
@@ -36,10 +37,15 @@ class Checkpoints:
         keep: how many are kept.
         ema: the averaged model.
         batches: the loader, with `state_dict` and `load_state_dict`.
+        frozen: names of the model's weights that are not trained; they are left out.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, keep: int, ema: AveragedModel, batches):
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, keep: int, ema: AveragedModel, batches, frozen: frozenset[str]
+    ):
         self.accelerator, self.folder, self.keep, self.ema, self.batches = accelerator, folder, keep, ema, batches
+        self.frozen = frozen
+        accelerator.register_save_state_pre_hook(self._leave_out_frozen)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, in order."""
@@ -57,7 +63,7 @@ class Checkpoints:
         self.accelerator.save_state(str(unfinished))
         self._rank_file(unfinished).write_text(json.dumps(self.batches.state_dict()))
         if self.accelerator.is_main_process:
-            tensors = {name: value.contiguous() for name, value in self.ema.state_dict().items()}
+            tensors = {name: value.contiguous() for name, value in self._trained(self.ema.state_dict()).items()}
             save_file(tensors, unfinished / "ema.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -81,10 +87,18 @@ class Checkpoints:
                 f"{path} has no place in the data for process {self.accelerator.process_index}; "
                 f"resume with as many processes as it was written by."
             )
-        self.accelerator.load_state(str(path))
-        self.ema.load_state_dict(load_file(path / "ema.safetensors"))
+        self.accelerator.load_state(str(path), strict=not self.frozen)
+        self.ema.load_state_dict(load_file(path / "ema.safetensors"), strict=not self.frozen)
         self.batches.load_state_dict(json.loads(self._rank_file(path).read_text()))
         return step
+
+    def _trained(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A model's tensors without the frozen ones; processes and average put `module.` before their names."""
+        return {name: value for name, value in tensors.items() if name.removeprefix("module.") not in self.frozen}
+
+    def _leave_out_frozen(self, models: list, weights: list[dict[str, Any]], folder: str):
+        """accelerate's hook: `weights` is what it will write."""
+        weights[:] = map(self._trained, weights)
 
     def _path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoModel, PixArtTransformer2DModel
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 from improved_ldm.convert import to_published
 from improved_ldm.convert.__main__ import main
@@ -102,3 +103,14 @@ def test_errors_come_without_a_traceback_and_write_nothing(checkpoint, capsys):
             main([arguments[0], *(str(folder / name) for name in arguments[1:])])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
         assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.{}", "diffusion_pytorch_model-00001-of-00001.{}"])
+def test_safetensors_are_read_where_there_is_a_pickle_as_well(tmp_path, name):
+    weights = {"weight": torch.arange(3.0)}
+    save_file(weights, tmp_path / name.format("safetensors"))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / name.format("bin"))
+    for suffix in ("safetensors", "bin") if "of" in name else ():
+        index = {"weight_map": {"weight": name.format(suffix)}}
+        (tmp_path / f"diffusion_pytorch_model.{suffix}.index.json").write_text(json.dumps(index))
+    assert_close(read_checkpoint(tmp_path)[0], weights)

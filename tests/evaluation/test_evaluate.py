@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from improved_ldm.evaluation.evaluate import Evaluation, ScoreSettings
 from improved_ldm.evaluation.features import open_features
@@ -58,21 +59,33 @@ def test_scores_do_not_depend_on_the_batch(scores, reference):
     assert one == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        ((19, 60), "there are 19 reference images; `kid_subset_size` 20 needs at least 20"),
-        ((60, 19), "there are 19 samples; `kid_subset_size` 20"),
-    ],
-)
-def test_too_few_images_are_refused(counts, message):
-    SETTINGS.check(20, 20)
-    with pytest.raises(ValueError, match=message):
-        SETTINGS.check(*counts)
+def test_too_few_images_are_refused(network):
+    SETTINGS.check_reference(20)
+    SETTINGS.check_samples(20, network)
+    with pytest.raises(ValueError, match="there are 19 reference images; `kid_subset_size` 20 needs at least 20"):
+        SETTINGS.check_reference(19)
+    with pytest.raises(ValueError, match="there are 19 samples; `kid_subset_size` 20"):
+        SETTINGS.check_samples(19, network)
     with pytest.raises(ValueError, match="`nearest_k` 30 needs at least 31"):
-        SETTINGS.model_copy(update={"nearest_k": 30}).check(30, 40)
-    with pytest.raises(ValueError, match="`inception_splits` 50 needs at least 50"):
-        SETTINGS.model_copy(update={"inception_splits": 50}).check(60, 40)
+        SETTINGS.model_copy(update={"nearest_k": 30}).check_reference(30)
+
+
+def test_splits_of_the_inception_score_are_of_samples_and_of_classifiers(network, tmp_path):
+    settings = SETTINGS.model_copy(update={"inception_splits": 50})
+    settings.check_reference(40)
+    with pytest.raises(ValueError, match="there are 40 samples; `inception_splits` 50 needs at least 50"):
+        settings.check_samples(40, network)
+    ViTModel(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    settings.check_samples(40, open_features(str(tmp_path)))
+
+
+def test_a_judge_of_another_size_is_refused(network):
+    network.check_size("features", (32, 32))
+    with pytest.raises(ValueError, match=r"`features` is embedded:judge, .* 32 x 32 pixels; these have 32 x 64"):
+        network.check_size("features", (32, 64))
 
 
 def test_the_record_names_what_the_scores_depend_on(reference, network):

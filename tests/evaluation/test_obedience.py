@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,21 @@ def test_an_untrained_pipeline_obeys_nothing(untrained, judge, few):
     assert len(results["detail_high_frequency_energy"]) == len(results["detail_original_sizes"]) == 5
     assert results["crop_accuracy"] < 0.5
     assert results["real_crop_accuracy"] > 0.93
+
+
+def test_further_arguments_are_of_every_call(untrained, judge, few):
+    counts = {"num_samples": 10, "num_coverage_samples": 10, "num_detail_samples": 5}
+    plain = evaluate_obedience(untrained, judge, few, **counts)
+    guided = evaluate_obedience(untrained, judge, few, **counts, control_guidance_scale=8.0)
+    assert guided["judge_fid"] != plain["judge_fid"]
+    assert guided["detail_high_frequency_energy"] != plain["detail_high_frequency_energy"]
+
+
+def test_orientation_is_left_out_where_no_class_of_the_samples_has_one(untrained, judge, few):
+    counts = {"num_samples": 2, "num_coverage_samples": 6, "num_detail_samples": 1}
+    results = evaluate_obedience(untrained, judge, few, **counts)  # of the classes 0 and 1
+    assert not [name for name in results if "orientation" in name]
+    assert json.dumps(results, allow_nan=False)
 
 
 def test_only_control_that_the_denoiser_reads_is_measured(judge, few, class_pipeline):

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -9,9 +10,9 @@ from PIL import Image
 
 from improved_ldm.data.sources import open_rows
 from improved_ldm.evaluation.sampling import (
+    Sampler,
     SamplingSettings,
     check_call,
-    draw_samples,
     make_requests,
     open_samples,
 )
@@ -47,7 +48,7 @@ def test_in_turn_is_balanced_and_drawn_is_as_frequent_as_in_the_data():
 def test_samples_are_those_of_the_pipeline_image_by_image(class_pipeline, tmp_path):
     pipe = class_pipeline()
     requests = make_requests(range(3), 5, 10, {"flip": True})
-    draw_samples(pipe, requests, SETTINGS, tmp_path, batch_size=2)
+    Sampler(pipe, requests, 2).draw(tmp_path, SETTINGS)
     generator = torch.Generator().manual_seed(13)
     alone = pipe(class_labels=0, flip=True, num_inference_steps=2, guidance_scale=2.0, generator=generator).images[0]
     there = np.asarray(Image.open(tmp_path / "000003.png"), dtype=int)
@@ -57,41 +58,70 @@ def test_samples_are_those_of_the_pipeline_image_by_image(class_pipeline, tmp_pa
 
 def test_only_what_is_missing_is_drawn(class_pipeline, tmp_path):
     pipe, requests = class_pipeline(), make_requests(range(3), 7, 0, {})
-    draw_samples(pipe, requests, SETTINGS, tmp_path, batch_size=3)
+    Sampler(pipe, requests, 3).draw(tmp_path, SETTINGS)
     whole = images(tmp_path)
     times = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.png")}
     (tmp_path / "000004.png").unlink()
     calls = []
     pipe.decode = lambda *args, decode=pipe.decode: calls.append(len(args[0])) or decode(*args)
-    draw_samples(pipe, requests, SETTINGS, tmp_path, batch_size=3)
+    Sampler(pipe, requests, 3).draw(tmp_path, SETTINGS)
     assert calls == [3]  # the batch of the missing image
     assert images(tmp_path) == whole
     changed = {file.name for file in tmp_path.glob("*.png") if file.stat().st_mtime_ns != times[file.name]}
     assert changed == {"000004.png"}
-    draw_samples(pipe, make_requests(range(3), 9, 0, {}), SETTINGS, tmp_path, batch_size=3)  # a folder may grow
+    Sampler(pipe, make_requests(range(3), 9, 0, {}), 3).draw(tmp_path, SETTINGS)  # a folder may grow
     assert calls == [3, 3]
     assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 9
 
 
 def test_a_folder_of_other_samples_is_refused(class_pipeline, randomize, tmp_path):
     pipe, requests = class_pipeline(), make_requests(range(3), 3, 0, {})
-    draw_samples(pipe, requests, SETTINGS, tmp_path, batch_size=3)
+    Sampler(pipe, requests, 3).draw(tmp_path, SETTINGS)
     whole = images(tmp_path)
     with pytest.raises(ValueError, match=r"`guidance_scale` 2.0, not 3.0; choose another folder"):
-        draw_samples(pipe, requests, SamplingSettings(2, 3.0), tmp_path, batch_size=3)
+        Sampler(pipe, requests, 3).draw(tmp_path, SamplingSettings(2, 3.0))
     with pytest.raises(ValueError, match=r"was drawn for .*'seed': 0.*, not .*'seed': 1"):
-        draw_samples(pipe, make_requests(range(3), 3, 1, {}), SETTINGS, tmp_path, batch_size=3)
+        Sampler(pipe, make_requests(range(3), 3, 1, {}), 3).draw(tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="'flip': True"):
-        draw_samples(pipe, make_requests(range(3), 3, 0, {"flip": True}), SETTINGS, tmp_path, batch_size=3)
+        Sampler(pipe, make_requests(range(3), 3, 0, {"flip": True}), 3).draw(tmp_path, SETTINGS)
     randomize(pipe.denoiser, seed=1)
     with pytest.raises(ValueError, match="`denoiser_sha256`"):
-        draw_samples(pipe, requests, SETTINGS, tmp_path, batch_size=3)
+        Sampler(pipe, requests, 3).draw(tmp_path, SETTINGS)
     assert images(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_padding": "zero"},
+        {"text_noise_scale": 0.1},
+        {"max_text_tokens": 8},
+        {"default_original_size": 16},
+    ],
+)
+def test_a_folder_of_a_pipeline_with_other_settings_is_refused(text_pipeline, tmp_path, changes):
+    pipe, requests = text_pipeline(), make_requests(["a red boot"], 2, 0, {})
+    Sampler(pipe, requests, 2).draw(tmp_path, SETTINGS)
+    pipe.register_to_config(**changes)
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"`{name}` .*; choose another folder"):
+        Sampler(pipe, requests, 2).check_folder(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder"])
+def test_a_folder_of_other_weights_is_refused(text_pipeline, tmp_path, name):
+    pipe, requests = text_pipeline(), make_requests(["a red boot"], 2, 0, {})
+    Sampler(pipe, requests, 2).draw(tmp_path, SETTINGS)
+    other = copy.deepcopy(getattr(pipe, name))
+    next(other.parameters()).data.add_(1)
+    pipe.register_modules(**{name: other})
+    with pytest.raises(ValueError, match=f"`{name}_sha256`"):
+        Sampler(pipe, requests, 2).check_folder(tmp_path, SETTINGS)
 
 
 def test_a_folder_of_samples_is_a_captioned_image_set(text_pipeline, tmp_path):
     captions = ["a red boot", "a blue coat"]
-    draw_samples(text_pipeline(), make_requests(captions, 3, 0, {}), SETTINGS, tmp_path, batch_size=3)
+    Sampler(text_pipeline(), make_requests(captions, 3, 0, {}), 3).draw(tmp_path, SETTINGS)
     rows = open_rows(tmp_path)
     assert [row["text"] for row in rows.dataset] == [captions[0], captions[1], captions[0]]
     samples = open_samples(tmp_path)
@@ -109,6 +139,10 @@ def test_what_the_model_cannot_be_asked_is_refused(class_pipeline):
     plain = class_pipeline(conditioning="published")
     with pytest.raises(ValueError, match=r"`control_guidance_scale` is 2.0; the model reads no control"):
         check_call(plain, SamplingSettings(2, 2.0, 2.0), {})
+    with pytest.raises(ValueError, match="`num_inference_steps` is 2000; DDIMScheduler refuses it"):
+        check_call(pipe, SamplingSettings(2000, 2.0), {})
+    with pytest.raises(ValueError, match="`num_inference_steps` is 0; it must be an integer ≥ 1"):
+        check_call(pipe, SamplingSettings(0, 2.0), {})
 
 
 def test_folders_that_cannot_be_scored_are_refused(tmp_path):

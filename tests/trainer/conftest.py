@@ -3,7 +3,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 
 from improved_ldm.models.presets import DENOISERS
 
@@ -27,13 +26,6 @@ def load_script(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from improved_ldm.trainer.config import ConfigError, RunConfig, parse_config, parse_config_or_exit
+from improved_ldm.trainer.config import AdapterRunConfig, ConfigError, RunConfig, parse_config, parse_config_or_exit
 from improved_ldm.trainer.state import check_same_run
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -11,7 +11,8 @@ CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path):
-    assert parse_config(RunConfig, ["--config", str(path)]).output_dir.startswith("runs/")
+    config_class = AdapterRunConfig if path.stem.startswith("lora_") else RunConfig
+    assert parse_config(config_class, ["--config", str(path)]).output_dir.startswith("runs/")
 
 
 def test_command_line_wins_over_file():

@@ -112,6 +112,7 @@ def test_interrupt_stops_with_a_checkpoint(arguments, tmp_path):
     assert "the same command goes on from there" in output
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_and_resume(arguments, tmp_path):
     for steps in (2, 4):
         process = launch(arguments("two", **{"training.steps": steps}), processes=2)

@@ -83,6 +83,7 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(argume
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_its_second_stage_goes_on_to_the_same_weights(arguments, tmp_path):
     def steps(number):
         return STAGES.replace("32, steps: 4", f"32, steps: {number}")
@@ -98,6 +99,7 @@ def test_a_run_that_is_killed_in_its_second_stage_goes_on_to_the_same_weights(ar
 
 
 @pytest.mark.parametrize("carried", ["carry", "reset"])
+@pytest.mark.slow
 def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, carried):
     stages = STAGES.replace("steps: 4, batch", f"optimizer: {carried}, average: {carried}, steps: 4, batch")
     argv = staged(arguments, stages=stages)
@@ -165,6 +167,7 @@ def test_a_stage_that_began_otherwise_is_not_gone_on_with(arguments):
         script.main(staged(arguments, stages=STAGES.replace("16, steps: 4", "16, steps: 6")))
 
 
+@pytest.mark.slow
 def test_a_transferred_pipeline_is_trained_on_with_its_own_schedule(arguments, tmp_path):
     script = load_script("train_t2i")
     script.main(arguments("low", **{"transform.resolution": 16, "objective.prediction": "epsilon"}))

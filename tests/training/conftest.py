@@ -2,18 +2,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 
 import improved_ldm
 
 EMBEDDED = Path(improved_ldm.__file__).parent / "assets" / "fashion-mnist"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.networks import MissingWeightsError
 from improved_ldm.hub.card import write_card
-from improved_ldm.trainer.config import parse_config
+from improved_ldm.trainer.config import ConfigError, RunConfig, parse_config
 from improved_ldm.trainer.evaluation import EvaluateConfig
 from training import evaluate
 
@@ -27,7 +29,8 @@ FEW = {
     "scores": "{kid_subset_size: 8, kid_subsets: 5, inception_splits: 2, nearest_k: 3}",
     "cpu_threads": 1,
 }
-DRAWN = FEW | {"num_samples": 10, "obedience.judge": "null"}
+SWEPT = FEW | {"num_samples": 10}
+DRAWN = SWEPT | {"obedience.judge": "null"}
 
 
 @pytest.fixture
@@ -109,7 +112,15 @@ def test_a_number_states_what_it_depends_on(classes, tmp_path):
 
 def test_control_is_judged_where_the_judge_knows_the_data(trained, tmp_path):
     few = {"obedience.num_samples": 10, "obedience.num_coverage_samples": 8, "obedience.num_detail_samples": 5}
-    metrics = run(tmp_path / "out", FEW | {"num_samples": 10, "pipeline": trained, "num_inference_steps": 1, **few})
+    call = {"num_inference_steps": 1, "control_guidance_scale": 1.5, "control": "{flip: true}"}
+    metrics = run(tmp_path / "out", FEW | {"num_samples": 10, "pipeline": trained, **call, **few})
+    assert metrics["judged_samples"] == {
+        "num_inference_steps": 1,
+        "guidance_scale": 2.0,
+        "control_guidance_scale": 1.5,
+        "seed": 0,
+        "control": "set by each test; that of `samples` is not used",
+    }
     assert metrics["obedience"]["real_class_accuracy"] > 0.85
     assert metrics["obedience"]["num_samples"] == 10
     assert metrics["disentanglement"]["flip_distance"] >= 0
@@ -124,6 +135,7 @@ def test_control_is_judged_where_the_judge_knows_the_data(trained, tmp_path):
     assert not any(name.startswith("real_") for name, _ in shown)
 
 
+@pytest.mark.slow
 def test_a_killed_run_draws_what_is_missing(classes, tmp_path):
     many = DRAWN | {"pipeline": classes, "num_samples": 24, "num_inference_steps": 300}
     process = launch(tmp_path / "killed", many)
@@ -143,6 +155,7 @@ def test_a_killed_run_draws_what_is_missing(classes, tmp_path):
     assert resumed["scores"] == whole["scores"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_images_and_numbers(texts, clip, tmp_path):
     """The slowest test here: two processes start on one core."""
     values = DRAWN | {"pipeline": texts, "clip": clip}
@@ -168,7 +181,7 @@ def test_a_folder_of_images_is_scored_without_a_pipeline(texts, clip, tmp_path):
 
 
 def test_a_sweep_writes_a_table_and_a_picture(classes, tmp_path):
-    values = DRAWN | {"pipeline": classes, "sweep": "guidance_scale=1:3:1 control_guidance_scale=0:1:1"}
+    values = SWEPT | {"pipeline": classes, "sweep": "guidance_scale=1:3:1 control_guidance_scale=0:1:1"}
     sweep = run(tmp_path / "out", values)
     asked = [(point["guidance_scale"], point["control_guidance_scale"]) for point in sweep["points"]]
     assert asked == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
@@ -199,6 +212,10 @@ def test_a_sweep_writes_a_table_and_a_picture(classes, tmp_path):
         ({"sweep": "guidance_scale=1:3"}, "`sweep` has 'guidance_scale=1:3'"),
         ({"sweep": "guidance_scale=1:3:1", "guidance_scale": 2}, "`guidance_scale` is given, but `sweep` varies it"),
         ({"features": "embedded:nothing"}, "'embedded:nothing' is not there"),
+        ({"num_inference_steps": 2000}, "`num_inference_steps` is 2000; DDIMScheduler refuses it"),
+        ({"sweep": "guidance_scale=1:2:1"}, "`obedience` is given, but a `sweep` is neither judged"),
+        ({"caption_column": "text"}, "`caption_column` is given, but the pipeline is class-conditional"),
+        ({"label_column": "label"}, "`label_column` is given, but labels are read where `labels` is 'drawn' only"),
     ],
 )
 def test_bad_input_stops_before_anything_is_drawn(classes, tmp_path, changes, message):
@@ -206,6 +223,51 @@ def test_bad_input_stops_before_anything_is_drawn(classes, tmp_path, changes, me
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", values)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("guidance_scale", ".nan", "is nan: .* finite number"),
+        ("control_guidance_scale", ".inf", "is inf: .* finite number"),
+        ("obedience.num_samples", "1", "is 1: .* greater than or equal to 2"),  # half of them are flipped
+        ("obedience.num_coverage_samples", "5", "is 5: .* greater than or equal to 6"),  # they have 5 neighbours
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(name, value, message):
+    with pytest.raises(ConfigError, match=f"`{name}` {message}"):
+        parse_config(EvaluateConfig, ["--data=embedded:fashion-mnist", f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["features", "perceptual"])
+def test_a_judge_of_another_size_is_refused(trained, tmp_path, name):
+    Judge(sample_size=16, widths=(8, 8)).save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match=rf"`{name}` is .*judge, which reads .* 16 x 16 pixels; these have 32 x 32"):
+        run(tmp_path / "out", FEW | {"pipeline": trained, "num_samples": 10, name: tmp_path / "judge"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_trained_model_is_no_place_for_an_evaluation(trained):
+    with pytest.raises(ValueError, match=r"`output_dir` is .*; its metrics.json is of no evaluation"):
+        run(trained, DRAWN | {"pipeline": trained})
+
+
+def test_a_sweep_is_refused_before_it_begins_if_any_of_its_folders_is_of_other_samples(classes, tmp_path):
+    values = SWEPT | {"pipeline": classes, "sweep": "guidance_scale=1:2:1"}
+    run(tmp_path / "out", values)
+    settings = tmp_path / "out" / "sweep" / "guidance_scale_2" / "samples" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"vae_sha256": "0ab"}))
+    first = tmp_path / "out" / "sweep" / "guidance_scale_1" / "samples"
+    shutil.rmtree(first)
+    with pytest.raises(ValueError, match="was drawn with `vae_sha256` 0ab, not"):
+        run(tmp_path / "out", values)
+    assert not first.exists()
+
+
+def test_an_expected_error_is_one_line(tmp_path):
+    output = launch(tmp_path / "out", DRAWN | {"pipeline": tmp_path}).communicate(timeout=240)[0]
+    assert output.strip().splitlines()[-1].startswith(f"not evaluated: `pipeline` is {tmp_path}")
+    assert "Traceback" not in output
 
 
 def test_folders_that_cannot_be_scored_are_refused(tmp_path):
@@ -247,11 +309,7 @@ def test_numbers_of_one_folder_are_of_one_reference_set(classes, tmp_path):
 def trained(texts) -> Path:
     """A pipeline's folder with the files and the card that a training script leaves."""
     pipeline = evaluate.load_pipeline(EvaluateConfig(pipeline=str(texts), data="embedded:fashion-mnist"))
-    config = {
-        "data": {"source": "embedded:fashion-mnist", "split": "train"},
-        "denoiser": {"conditioning": "disentangled"},
-        "objective": {"prediction": "epsilon"},
-    }
+    config = RunConfig().model_dump(mode="json")
     metrics = {"parameters": 1, "images_seen": 1, "device": "CPU", "command": "train", "obedience": {}}
     write_card(texts, pipeline, config, metrics, "a boot", "samples.png")
     (texts / "config.yaml").write_text(yaml.safe_dump(config))

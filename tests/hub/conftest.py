@@ -1,0 +1,137 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from improved_ldm.hub.card import write_card
+from improved_ldm.trainer.config import RunConfig
+from tests.hub.minihub import MiniHub
+
+ROOT = Path(__file__).parents[2]
+PUBLISH = ROOT / "training" / "publish.py"
+TOKEN, STRANGERS_TOKEN = "hf_" + "Abc123" * 6, "hf_" + "Xyz789" * 6
+PATIENCE = 300  # seconds that a process may take
+
+
+class Clients:
+    """Runs scripts with the real clients of the Hub, each in a process of its own that takes the double for the Hub.
+
+    Args:
+        server: the process of `fork_server.py`.
+        folder: for what they write.
+    """
+
+    def __init__(self, server: subprocess.Popen, folder: Path):
+        self.server, self.folder = server, folder
+        self.outputs: dict[int, Path] = {}
+
+    def start(self, script: Path, *arguments: str, token: str = TOKEN) -> int:
+        """Run a script; returns the number of its process."""
+        output = self.folder / f"output-{len(self.outputs)}.txt"
+        environment = {"HF_TOKEN": token}
+        order = {"run": [str(script), *arguments], "output": str(output), "environment": environment}
+        process = self._ask(order | {"seconds": PATIENCE})
+        self.outputs[process] = output
+        return process
+
+    def wait(self, process: int) -> tuple[int, str]:
+        """Wait for the end of a process; returns its exit code and what it wrote."""
+        return self._ask({"wait": process}), self.outputs[process].read_text()
+
+    def run(self, script: Path, *arguments: str, token: str = TOKEN, code: int = 0) -> str:
+        """Run a script to its end, which must have this exit code; returns what it wrote."""
+        reached, output = self.wait(self.start(script, *arguments, token=token))
+        assert reached == code, output
+        return output
+
+    def publish(self, folder: Path, version: str, *more: str, token: str = TOKEN, code: int = 0) -> str:
+        return self.run(PUBLISH, *publishing(folder, version), *more, token=token, code=code)
+
+    def call(self, function: str, **arguments):
+        """Call a function of `clients.py`."""
+        self.run(ROOT / "tests" / "hub" / "clients.py", function, json.dumps(arguments))
+
+    def drawing(self, source: str | Path, **options) -> tuple[np.ndarray, list | None]:
+        """What a pipeline draws, and its lineage."""
+        file = self.folder / "drawing.npz"
+        self.call("draw", source=str(source), file=str(file), **options)
+        kept = np.load(file)
+        assert np.isfinite(kept["image"]).all()
+        return kept["image"], json.loads(str(kept["lineage"]))
+
+    def _ask(self, order: dict) -> int:
+        print(json.dumps(order), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+
+def publishing(folder: Path, version: str) -> list[str]:
+    """The arguments that publish a folder."""
+    return ["--pipeline", str(folder), "--repo", "user/model", "--version", version]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """What a process needs to know to take the double for the Hub, and the double itself."""
+    home = tmp_path_factory.mktemp("home")
+    with MiniHub({TOKEN: "user", STRANGERS_TOKEN: "stranger"}, tmp_path_factory.mktemp("xet")) as server:
+        variables = os.environ | {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "1",
+        }
+        yield server, {key: value for key, value in variables.items() if key != "HF_HUB_OFFLINE"}
+
+
+@pytest.fixture(scope="session")
+def fork_server(environment):
+    variables = environment[1] | {"HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "hub" / "fork_server.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=variables, text=True, **pipes) as server:
+        yield server
+        server.kill()
+
+
+@pytest.fixture
+def hub(environment):
+    """The double, empty."""
+    server, _ = environment
+    server.clear()
+    return server
+
+
+@pytest.fixture
+def clients(hub, fork_server, tmp_path) -> Clients:
+    return Clients(fork_server, tmp_path)
+
+
+@pytest.fixture
+def trained_folder(class_pipeline, tmp_path):
+    """Makes the folder of a finished run from a tiny pipeline; a seed draws other weights of its denoiser."""
+
+    def make(name: str = "run", seed: int = 0, lineage=None, **denoiser) -> Path:
+        folder, pipeline = tmp_path / name, class_pipeline(**denoiser)
+        for parameter in pipeline.denoiser.parameters():
+            parameter.data += 0.01 * seed
+        pipeline.register_to_config(lineage=lineage)
+        pipeline.save_pretrained(folder)
+        config = RunConfig(output_dir=folder.as_posix()).model_dump(mode="json")
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        Image.effect_noise((64, 64), seed + 10).save(folder / "samples.png")
+        numbers = {"parameters": 1, "images_seen": 1, "device": "CPU", "command": "train", "obedience": {}}
+        write_card(folder, pipeline, config, numbers, 1, "samples.png")
+        (folder / "metrics.json").write_text(json.dumps(numbers))
+        for path in ("checkpoints/step-00000001/optimizer.bin", "cache/a.safetensors", "logs/events", ".hidden"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(TOKEN)
+        return folder
+
+    return make

@@ -46,6 +46,7 @@ def runs_in(folder):
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/cpu/runs/*/metrics.json")}
 
 
+@pytest.mark.slow
 def test_a_table_goes_on_where_it_stopped_and_shares_its_runs(reproduce_tiny, tmp_path):
     reproduce_tiny("control_parametrisation", "constant", "cosine")
     first = runs_in(tmp_path)
@@ -78,9 +79,11 @@ def test_a_table_goes_on_where_it_stopped_and_shares_its_runs(reproduce_tiny, tm
 
 
 def test_measures_of_what_a_model_does_not_read_are_left_out(reproduce_tiny):
-    record = reproduce_tiny("control_parametrisation", "cosine", **{"denoiser.control_parts": "[flip]"})
-    assert record["settings"]["cosine"]["size_distance"] is None
+    settings = ("constant", "cosine")
+    record = reproduce_tiny("control_parametrisation", *settings, **{"denoiser.control_parts": "[flip]"})
+    assert [record["settings"][setting]["size_distance"] for setting in settings] == [None, None]
     assert record["settings"]["cosine"]["fid"]["mean"] > 0
+    assert record["expectations"] == []
 
 
 def test_classes_are_measured_without_text(reproduce_tiny):
@@ -94,9 +97,22 @@ def test_an_unknown_setting_is_named(reproduce_tiny):
         reproduce_tiny("control_parametrisation", "sine")
 
 
+def test_a_seed_that_is_there_twice_is_refused(reproduce_tiny):
+    with pytest.raises(SystemExit, match=r"error: --seeds \[0, 0\]"):
+        reproduce_tiny("control_parametrisation", "cosine", seeds=("0", "0"))
+
+
 def test_a_table_without_a_small_scale_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"no settings at scale 'cpu'.*--scale gpu"):
         reproduce.main(["adam_betas", "--output", str(tmp_path)])
+
+
+def flat(values, prefix=""):
+    """A nested dict as one of dotted keys."""
+    rows = {}
+    for key, value in values.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +132,11 @@ def test_every_setting_of_every_table_is_a_run(name, scale, models):
         json.dumps([config.model_dump(mode="json"), call]) for config, call in zip(configs, calls, strict=True)
     }
     assert len(distinct) == len(table.settings)
+    plain = flat(table.model_copy(update={"settings": {"plain": {}}}).run_config("plain", scale, []).model_dump())
+    for setting, config in zip(table.settings, configs, strict=True):
+        values = flat(config.model_dump())
+        changed = {key for key in values.keys() | plain.keys() if values.get(key) != plain.get(key)}
+        assert all(key.startswith(tuple(table.settings[setting])) for key in changed), (setting, changed)
     vae, encoder = models
     for config in configs:
         first = config.of_stage(0) if config.stages else config
@@ -144,6 +165,11 @@ def test_interval_of_three_seeds_is_students():
 def test_a_claim_holds_where_the_interval_of_the_pairs_leaves_out_zero(better, worse, lower_is_better, verdict, apart):
     result = compare(np.array(better), np.array(worse), lower_is_better)
     assert (result["verdict"], result["intervals_apart"]) == (verdict, apart)
+
+
+def test_a_value_that_is_no_number_decides_nothing():
+    with pytest.raises(ValueError, match="finite"):
+        compare(np.array([1.0, np.nan]), np.array([2.0, 3.0]), True)
 
 
 def test_one_seed_decides_nothing():

@@ -11,7 +11,13 @@ DESCRIPTION = f"{CONFIDENCE:.0%} interval of the mean over seeds, Student's t"
 
 
 def mean_and_interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean and its confidence interval over the seeds, which are the rows of (seeds, …); Student's t."""
+    """Mean and its confidence interval over the seeds, which are the rows of (seeds, …); Student's t.
+
+    Raises:
+        ValueError: for values that are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"`values` is {values.tolist()}; a mean needs finite numbers.")
     count, mean = len(values), values.mean(0)
     if count == 1:
         return {"mean": mean.tolist(), "low": None, "high": None}

@@ -11,11 +11,12 @@ from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.data.sources import open_rows
 from improved_ldm.evaluation.clip_score import open_clip_scorer
 from improved_ldm.evaluation.features import open_features
-from improved_ldm.evaluation.obedience import draw, load_real_images, reduced
+from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, draw, load_real_images, reduced
 from improved_ldm.evaluation.perceptual import open_perceptual
 from improved_ldm.evaluation.scores import frechet_distance, high_frequency_energy, manifold_scores
 from improved_ldm.trainer.config import RunConfig
-from improved_ldm.trainer.finish import NUM_REAL_IMAGES
+
+CLIP = "embedded:clip"  # knows the captions of the embedded images; its text tower is also what the models read
 
 
 class Evaluator:
@@ -31,7 +32,7 @@ class Evaluator:
         self.real = load_real_images(rows, config.transform.resolution, NUM_REAL_IMAGES)
         self.features = open_features(config.evaluation.judge, device)
         self.distance = open_perceptual(config.evaluation.judge, device)
-        self.clip = open_clip_scorer(config.text.pretrained, device)
+        self.clip = open_clip_scorer(CLIP, device)
         self.config, self.device = config, device
 
     @property

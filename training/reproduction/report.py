@@ -14,6 +14,7 @@ from reproduction.tables import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SOURCES = {"paper": "the paper's claim", "ours": "our expectation; the paper has such a table"}
 Values = dict[str, dict[str, list[float | None]]]  # setting → measure → a value a seed
 
 
@@ -28,6 +29,7 @@ def summarize(table: Table, values: Values, about: dict[str, Any]) -> dict[str, 
     return {
         "title": table.title,
         "claim": table.claim,
+        "source": table.source,
         **about,
         "interval": DESCRIPTION,
         "settings": {
@@ -40,13 +42,21 @@ def summarize(table: Table, values: Values, about: dict[str, Any]) -> dict[str, 
         "expectations": [
             {**expectation.model_dump(), **_checked(values, **expectation.model_dump())}
             for expectation in table.expect
-            if {expectation.better, expectation.worse} <= values.keys()
+            if all(None not in values.get(name, {}).get(expectation.measure, [None]) for name in expectation.sides)
         ],
     }
 
 
 def _of_seeds(seeds: list[float | None]) -> dict[str, Any] | None:
     return None if None in seeds else {"seeds": seeds, **mean_and_interval(np.array(seeds))}
+
+
+def _parameters(record: dict[str, Any]) -> list[str]:
+    """A line on the sizes of the models, where they differ."""
+    sizes = record["parameters"]
+    if len(set(sizes.values())) == 1:
+        return []
+    return ["Parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + ".", ""]
 
 
 def _checked(values: Values, measure: str, better: str, worse: str) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def markdown(record: dict[str, Any], picture: str) -> str:
     lines = [
         f"# {record['title']}",
         "",
-        record["claim"],
+        f"{record['claim']} ({SOURCES[record['source']]})",
         "",
         "| | " + " | ".join(titles) + " |",
         "| --- |" + " --- |" * len(measures),
@@ -83,6 +93,7 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         "",
         f"![{record['title']}]({picture})",
         "",
+        *_parameters(record),
         f"Mean over {len(record['seeds'])} seeds and {record['interval']}. Features: "
         f"`{record['measured_with']['features']['name']}`; reference: {record['measured_with']['reference']}; "
         f"{record['measured_with']['samples']} samples a run, guidance {record['measured_with']['guidance_scale']}, "

@@ -13,7 +13,7 @@ from improved_ldm.trainer.config import RunConfig
 from reproduction.measures import MEASURES, Evaluator
 
 # What does not change the weights of a run, or says only where things go.
-NOT_OF_THE_WEIGHTS = {"output_dir": True, "sampling": True, "evaluation": True, "cache": {"folder"}}
+NOT_OF_THE_WEIGHTS = {"output_dir": True, "sampling": True, "evaluation": True, "hub": True, "cache": {"folder"}}
 
 
 def run_folder(output: Path, trainer: str, config: RunConfig) -> Path:

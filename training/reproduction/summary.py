@@ -4,19 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from reproduction.intervals import compare, mean_and_interval
 from reproduction.measures import MEASURES
 from reproduction.report import interval_text
 from reproduction.tables import SCALES, Expectation, Table
 
 HEADER = """# The paper's tables in miniature
 
-Each claim of the paper, re-run at a size that its reader can afford. `agrees` and `disagrees` mean that the interval
-of the difference over the seeds leaves out zero; `unclear` that it does not. A claim that fails at this size says
-something of this size. `python training/reproduce.py TABLE` measures a table, `python training/reproduce.py summary`
-writes this page.
+What the paper claims, or what we expect where it has such a table and we do not have its numbers, re-run at a size
+that a reader can afford. `agrees` and `disagrees` mean that the 95% interval of the paired difference over the seeds
+leaves out zero, `unclear` that it does not; the comparisons are not corrected for their number. A claim that fails at
+this size says something of this size. `python training/reproduce.py TABLE` measures a table,
+`python training/reproduce.py summary` writes this page.
 
-| table | claim | measure | better | against | scale | verdict |
-| --- | --- | --- | --- | --- | --- | --- |
+| table | claim | by | measure | better | against | scale | verdict |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -27,45 +31,50 @@ def write_summary(tables: dict[str, Table], results: Path):
 
 
 def _rows(name: str, table: Table, folder: Path) -> list[str]:
-    records = {scale: folder / f"{scale}.json" for scale in SCALES if (folder / f"{scale}.json").exists()}
-    if not records:
-        return [_not_measured(name, table, expectation) for expectation in table.expect]
+    """A row for every comparison of a table at every scale that has it, or one that says that none has."""
+    records = {scale: json.loads(file.read_text()) for scale in SCALES if (file := folder / f"{scale}.json").exists()}
     rows = []
-    for scale, file in records.items():
-        record = json.loads(file.read_text())
-        rows += [_measured(name, table, scale, record, expectation) for expectation in record["expectations"]]
+    for expectation in table.expect:
+        measure = MEASURES[expectation.measure].title
+        claim = (table.claim, table.source, measure)
+        found = [
+            _row(f"[{name}]({name}/{scale}.md)", *claim, *_measured(record, expectation))
+            for scale, record in records.items()
+            if set(expectation.sides) <= record["settings"].keys()
+        ]
+        rows += found or [_row(name, *claim, *expectation.sides, "", "not measured")]
     return rows
 
 
-def _not_measured(name: str, table: Table, expectation: Expectation) -> str:
-    title = MEASURES[expectation.measure].title
-    return _row(name, table.claim, title, expectation.better, expectation.worse, "", "not measured")
-
-
-def _measured(name: str, table: Table, scale: str, record: dict[str, Any], expectation: dict[str, Any]) -> str:
-    measure = expectation["measure"]
-    sides = [
-        f"{setting}: {interval_text(record['settings'][setting][measure])}"
-        for setting in (expectation["better"], expectation["worse"])
-    ]
-    apart = "" if expectation["intervals_apart"] else ", intervals overlap"
-    link = f"[{name}]({name}/{scale}.md)"
-    return _row(link, table.claim, MEASURES[measure].title, *sides, scale, f"{expectation['verdict']}{apart}")
+def _measured(record: dict[str, Any], expectation: Expectation) -> list[str]:
+    """The two sides of a comparison, the scale and the verdict."""
+    values = [record["settings"][setting][expectation.measure] for setting in expectation.sides]
+    sides = [f"{name}: {interval_text(value)}" for name, value in zip(expectation.sides, values, strict=True)]
+    if None in values:
+        return [*sides, record["scale"], "not read"]
+    better, worse = (np.array(value["seeds"]) for value in values)
+    found = compare(better, worse, MEASURES[expectation.measure].lower_is_better)
+    return [*sides, record["scale"], verdict_text(found)]
 
 
 def _switch_row(folder: Path) -> str:
-    claim = "Resampled positions and rescaled noise reach the default's FID after a switch with fewer images."
+    claim = "Resampled positions and rescaled noise give a lower FID after a switch of resolution."
     file = folder / "transfer.json"
     if not file.exists():
-        return _row("transfer", claim, "FID", "both", "default", "", "not measured")
+        return _row("transfer", claim, "paper", "FID", "both", "default", "", "not measured")
     arms = json.loads(file.read_text())["arms"]
-    gain = arms["both"]["last_fid_minus_default"]
-    share = arms["both"]["as_share_of_budget"]["mean"]
-    sides = [f"{name}: {arms[name]['fid']['mean'][-1]:.1f} at the end" for name in ("both", "default")]
-    verdict = "agrees" if gain["high"] < 0 else "disagrees" if gain["low"] > 0 else "unclear"
+    last = {name: np.array([fids[-1] for fids in arms[name]["fid_of_seeds"].values()]) for name in ("both", "default")}
+    found = compare(last["both"], last["default"], lower_is_better=True)
+    sides = [f"{name}: {interval_text(mean_and_interval(values))}" for name, values in last.items()]
+    apart = "" if found["intervals_apart"] else ", intervals overlap"
     return _row(
-        "[transfer](transfer/transfer.png)", claim, "FID", *sides, "cpu", f"{verdict}, {share:.0%} of the images"
+        "[transfer](transfer/transfer.png)", claim, "paper", "FID", *sides, "cpu", f"{found['verdict']}{apart}"
     )
+
+
+def verdict_text(found: dict[str, Any]) -> str:
+    """What `compare` found, in words."""
+    return found["verdict"] + ("" if found["intervals_apart"] else ", intervals overlap")
 
 
 def _row(*cells: str) -> str:

@@ -26,15 +26,14 @@ from improved_ldm.data.transforms import CropPolicy
 from improved_ldm.diffusion.objectives import Objective, make_objective
 from improved_ldm.embedded import resolve
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.obedience import RealImages, draw, load_real_images
+from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, RealImages, draw, load_real_images
 from improved_ldm.evaluation.scores import frechet_distance
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.presets import denoiser_class
-from improved_ldm.provenance import device_name
+from improved_ldm.provenance import device_name, write_json
 from improved_ldm.trainer.batches import open_batches, survey
 from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
 from improved_ldm.trainer.config import RunConfig, parse_config_or_exit
-from improved_ldm.trainer.finish import NUM_REAL_IMAGES
 from improved_ldm.trainer.loop import train
 from improved_ldm.trainer.run import Run, start_run
 from improved_ldm.transfer import transfer
@@ -145,7 +144,7 @@ class Transfers:
         def measure(denoiser: Denoiser, step: int):
             pipeline.denoiser = denoiser
             points[str(step)] = {"images": step * run.images_per_step, "fid": self._fid(pipeline, seed)}
-            points_file.write_text(json.dumps(points))
+            write_json(points_file, points)
             run.say(f"{name}, seed {seed}: {points[str(step)]}")
 
         if not points:
@@ -160,8 +159,7 @@ class Transfers:
             "settings": settings,
             "points": [points[step] for step in sorted(points, key=int)],
         }
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(file, result)
         shutil.rmtree(run.folder)
         return file
 
@@ -343,5 +341,5 @@ def reproduce_switch(options: argparse.Namespace, further: list[str]):
         for name in options.arms:
             transfers.curve(name, seed)
     summary = summarize(list((options.output / "arms").glob("*.json")))
-    (options.output / "transfer.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(options.output / "transfer.json", summary)
     draw_curves(summary, options.output / "transfer.png")

@@ -23,13 +23,19 @@ class Expectation(Section):
     better: str
     worse: str
 
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The two settings."""
+        return self.better, self.worse
+
 
 class Table(Section):
     """One table or figure of the paper.
 
     Args:
         title: what is compared.
-        claim: what the paper says, in words.
+        claim: what is expected, in words.
+        source: whether the paper says so, or we expect it.
         trainer: script that trains its models.
         base: overrides that all settings share.
         settings: the rows, each with its overrides.
@@ -40,6 +46,7 @@ class Table(Section):
 
     title: str
     claim: str
+    source: Literal["paper", "ours"]
     trainer: Literal["train_t2i", "train_class_conditional"] = "train_t2i"
     base: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, dict[str, Any]]
@@ -49,12 +56,13 @@ class Table(Section):
 
     @model_validator(mode="after")
     def _names_exist(self):
-        named = {*self.cpu, *(name for claim in self.expect for name in (claim.better, claim.worse))}
+        named = {*self.cpu, *(name for claim in self.expect for name in claim.sides)}
         if named - self.settings.keys():
             raise ValueError(f"settings {sorted(named - self.settings.keys())} are not among {list(self.settings)}.")
-        columns = {*self.measures, *(claim.measure for claim in self.expect)}
-        if columns - MEASURES.keys():
-            raise ValueError(f"measures {sorted(columns - MEASURES.keys())} are not among {list(MEASURES)}.")
+        if set(self.measures) - MEASURES.keys():
+            raise ValueError(f"`measures` is {self.measures}; they must be of {list(MEASURES)}.")
+        if {claim.measure for claim in self.expect} - set(self.measures):
+            raise ValueError(f"`expect` speaks of measures that are not among {self.measures}.")
         return self
 
     def settings_at(self, scale: Scale) -> list[str]:

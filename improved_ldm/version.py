@@ -1,3 +1,3 @@
-"""The version of the package, also of the files that it writes."""
+"""The version of the package and of the files that it writes."""
 
 __version__ = "0.1.0"

@@ -1,9 +1,12 @@
-"""Tiny real components that the tests share."""
+"""Tiny real components shared by the tests."""
 
 import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# calls to other machines fail at once
+os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 
 import pytest
 import torch
@@ -24,9 +27,9 @@ from transformers import (
 import improved_ldm
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.diffusion.schedules import variance_preserving_scheduler
-from improved_ldm.models.presets import denoiser_class
+from improved_ldm.models.family import denoiser_class
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))  # because two test workers share the cores
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 
@@ -41,7 +44,7 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Every run of a test process begins with an accelerator of its own."""
+    """Gives every test a new accelerator."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -56,13 +59,13 @@ def _randomize(model, seed=0, std=0.1):
 
 @pytest.fixture(scope="session")
 def randomize():
-    """Draws every parameter of a model, whose blocks are the identity at the start, from N(0, std)."""
+    """Sets every parameter of a model to random values from N(0, std); untrained blocks are the identity."""
     return _randomize
 
 
 @pytest.fixture(scope="session")
 def autoencoder():
-    """An autoencoder of factor 2 with 4 latent channels and a scale and shift of its own."""
+    """An autoencoder with downsampling factor 2, 4 latent channels, and its own scale and shift."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -87,13 +90,13 @@ def _word_tokenizer(special, template, **names):
 
 @pytest.fixture(scope="session")
 def clip_text():
-    """The tokenizer and the CLIP text tower that the package ships; 16 tokens of 96 channels."""
+    """The tokenizer and CLIP text encoder that ship with the package; 16 tokens of 96 channels."""
     return AutoTokenizer.from_pretrained(ASSETS / "clip"), CLIPTextModel.from_pretrained(ASSETS / "clip").eval()
 
 
 @pytest.fixture(scope="session")
 def t5_text():
-    """A random T5 encoder, which has no pooled output, and a tokenizer of words."""
+    """A random T5 encoder, which has no pooled output, and a word tokenizer."""
     tokenizer, size = _word_tokenizer(
         ["<pad>", "</s>", "<unk>"], "$A </s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
@@ -104,7 +107,7 @@ def t5_text():
 
 @pytest.fixture(scope="session")
 def bert_text():
-    """A random BERT and a tokenizer of words."""
+    """A random BERT encoder and a word tokenizer."""
     tokenizer, size = _word_tokenizer(
         ["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
         "[CLS] $A [SEP]",
@@ -131,7 +134,7 @@ TINY_SIZES = {
         "transformer_layers_per_block": (1, 1),
         "num_attention_heads": (1, 2),
         "norm_num_groups": 8,
-        "size_features": 8,
+        "published": {"size_features": 8},
     },
     "dit": TRANSFORMER_SIZES,
     "mdt": TRANSFORMER_SIZES | {"num_layers": 4, "num_decoder_layers": 2},
@@ -142,7 +145,7 @@ TINY_SIZES = {
 
 @pytest.fixture(scope="session")
 def fresh_denoiser():
-    """Builds a denoiser of 4 x 4 latents, in patches of 2 where it has patches, as it is before training."""
+    """Builds an untrained denoiser of 4 x 4 latents, with patch size 2 if it has patches."""
 
     def build(name="dit", **config):
         return denoiser_class(name)(**{**TINY_SIZES[name], **config})
@@ -152,7 +155,7 @@ def fresh_denoiser():
 
 @pytest.fixture(scope="session")
 def tiny_denoiser(fresh_denoiser):
-    """Builds a fresh denoiser and randomises it."""
+    """Builds a denoiser with random weights."""
 
     def build(name="dit", **config):
         return _randomize(fresh_denoiser(name, **config))
@@ -162,7 +165,7 @@ def tiny_denoiser(fresh_denoiser):
 
 @pytest.fixture
 def class_pipeline(autoencoder, tiny_denoiser):
-    """A pipeline of 3 classes and 8 x 8 images."""
+    """A pipeline with 3 classes and 8 x 8 images."""
 
     def build(scheduler=None, vae=autoencoder, name="dit", **denoiser_config):
         pipe = ImprovedLDMPipeline(
@@ -180,7 +183,7 @@ def class_pipeline(autoencoder, tiny_denoiser):
 
 @pytest.fixture
 def text_pipeline(autoencoder, tiny_denoiser, clip_text):
-    """A pipeline of prompts and 8 x 8 images."""
+    """A text pipeline with 8 x 8 images."""
 
     def build(text=clip_text, text_padding="noisy_replicate", max_text_tokens=16, name="dit", **denoiser_config):
         tokenizer, text_encoder = text

@@ -1,4 +1,4 @@
-"""The networks that ship with the package do what their records say."""
+"""The networks that ship with the package perform as stated in their records."""
 
 import itertools
 import json
@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from improved_ldm.autoencoder import decode_latents, encode_images
-from improved_ldm.data.samples import make_loader
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
-from improved_ldm.embedded import ASSETS
 from improved_ldm.evaluation.judge import Judge
+from improved_ldm.places import ASSETS
 
 NOUNS = ("T-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -42,7 +42,7 @@ def tokenizer():
 
 
 def recorded(asset: str) -> dict:
-    return json.loads((ASSETS / asset / "metrics.json").read_text())
+    return json.loads((ASSETS / asset / "metrics.json").read_text(encoding="utf-8"))
 
 
 def test_judge_knows_the_classes_as_recorded(judge, batch):

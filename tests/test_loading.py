@@ -1,4 +1,4 @@
-"""Folders that a user saves, sends and loads."""
+"""Folders that a user saves, shares and loads."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import improved_ldm
 from improved_ldm import DiTDenoiser, ImprovedLDMPipeline
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
 from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder
 from improved_ldm.trainer.config import AutoencoderConfig, RunConfig
 
@@ -32,7 +32,7 @@ def exactly(first, second):
 
 @pytest.fixture(params=["class", "text"])
 def saved(request, class_pipeline, text_pipeline, tmp_path):
-    """A pipeline, the folder that it is saved to, and the arguments of a call."""
+    """A pipeline, the folder that it is saved to, and arguments of a call."""
     pipe = class_pipeline() if request.param == "class" else text_pipeline()
     pipe.register_to_config(default_original_size=64, class_names=["boot", "coat", "bag"])
     pipe.save_pretrained(tmp_path / "saved")
@@ -55,7 +55,7 @@ def test_every_backbone_loads_and_samples_bit_for_bit(text_pipeline, tmp_path, n
     dims = dict.fromkeys(DENOISERS[name].text_arguments(conditioning), 96)
     pipe = text_pipeline(name=name, conditioning=conditioning, **dims)
     pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
     used, unused = ("unet", "transformer") if name == "unet" else ("transformer", "unet")
     assert index[used] == ["improved_ldm", DENOISERS[name].__name__]
     assert index[unused] == [None, None] and not (tmp_path / unused).exists()
@@ -70,7 +70,9 @@ def test_every_backbone_loads_and_samples_bit_for_bit(text_pipeline, tmp_path, n
 def test_saving_again_writes_the_same_index(saved, tmp_path):
     _, folder, _ = saved
     DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    first, second = (json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path / "again"))
+    first, second = (
+        json.loads((path / "model_index.json").read_text(encoding="utf-8")) for path in (folder, tmp_path / "again")
+    )
     second.pop("_name_or_path", None)
     assert first == second
     assert first["transformer"] == ["improved_ldm", "DiTDenoiser"]
@@ -135,7 +137,7 @@ save_file({"images": images}, sys.argv[3])
 
 
 def edit(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def class_folder(class_pipeline, tmp_path):
 
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
 def test_configs_record_the_version_that_wrote_them(class_folder, file):
-    config = json.loads((class_folder / file).read_text())
+    config = json.loads((class_folder / file).read_text(encoding="utf-8"))
     assert config["_improved_ldm_version"] == improved_ldm.__version__
 
 
@@ -176,16 +178,16 @@ def test_newer_configs_without_news_and_older_ones_load(class_folder):
         loaded = DiffusionPipeline.from_pretrained(class_folder)
         exactly(sample(loaded, CALLS["class"]), expected)
     loaded.save_pretrained(class_folder)
-    config = json.loads((class_folder / "transformer" / "config.json").read_text())
+    config = json.loads((class_folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     assert config["_improved_ldm_version"] == improved_ldm.__version__
 
 
 def test_a_config_without_a_version_loads(class_folder):
     expected = sample(DiffusionPipeline.from_pretrained(class_folder), CALLS["class"])
     for file in (class_folder / "model_index.json", class_folder / "transformer" / "config.json"):
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         del config["_improved_ldm_version"]
-        file.write_text(json.dumps(config))
+        file.write_text(json.dumps(config), encoding="utf-8")
     exactly(sample(DiffusionPipeline.from_pretrained(class_folder), CALLS["class"]), expected)
 
 
@@ -193,7 +195,7 @@ PICKLES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_m
 
 
 def add_pickle(folder, name, keep_safetensors=False):
-    """Store a component's weights as a pickle as well, or instead."""
+    """Save a component's weights as a pickle, in addition to the safetensors or instead of them."""
     (weights,) = folder.glob("*.safetensors")
     torch.save(load_file(weights), folder / name)
     if not keep_safetensors:
@@ -242,18 +244,18 @@ def index_of(*files):
 
 
 def bare(folder):
-    """Take the safetensors from a component that others stay beside."""
+    """Remove the safetensors of one component and keep those of the others."""
     (folder / "model.safetensors").rename(folder / "other.safetensors")
 
 
 def with_adapter(folder):
-    """A text encoder that is an adapter alone; its base lies elsewhere, as a pickle."""
+    """A text encoder that is only an adapter; its base is a pickle in another folder."""
     base = folder.parent.parent / "base"
     folder.rename(base)
     add_pickle(base, "pytorch_model.bin")
     folder.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 1, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(b"")
 
 
@@ -262,7 +264,7 @@ def with_adapter_pickle(folder):
 
 
 def with_shards_alone(folder):
-    """Shards that no index names are not found, so a pickle is read."""
+    """Shards without an index are not found, so that a pickle would be read."""
     add_pickle(folder, "pytorch_model.bin", keep_safetensors=True)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
 
@@ -270,13 +272,13 @@ def with_shards_alone(folder):
 def with_misleading_index(folder):
     add_pickle(folder, "training_args.bin", keep_safetensors=True)
     bare(folder)
-    (folder / "model.safetensors.index.json").write_text(index_of("training_args.bin"))
+    (folder / "model.safetensors.index.json").write_text(index_of("training_args.bin"), encoding="utf-8")
 
 
 def with_pickle_index(folder):
     add_pickle(folder, "training_args.bin", keep_safetensors=True)
     bare(folder)
-    (folder / "pytorch_model.bin.index.json").write_text(index_of("training_args.bin"))
+    (folder / "pytorch_model.bin.index.json").write_text(index_of("training_args.bin"), encoding="utf-8")
 
 
 def with_config_that_names_it(folder):
@@ -307,7 +309,7 @@ def test_no_detour_leads_to_a_pickle(text_folder, monkeypatch, detour, named):
 def test_an_index_of_pickles_beside_safetensors_is_left_alone(text_folder):
     expected = sample(DiffusionPipeline.from_pretrained(text_folder), CALLS["text"])
     index = text_folder / "text_encoder" / "pytorch_model.bin.index.json"
-    index.write_text(index_of("pytorch_model-00001-of-00001.bin"))
+    index.write_text(index_of("pytorch_model-00001-of-00001.bin"), encoding="utf-8")
     add_pickle(index.parent, "pytorch_model-00001-of-00001.bin", keep_safetensors=True)
     exactly(sample(DiffusionPipeline.from_pretrained(text_folder), CALLS["text"]), expected)
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,8 @@ from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.autoencoder import decode_latents, encode_images, spatial_factor
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.diffusion.schedules import flow_scheduler, variance_preserving_scheduler
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
+from improved_ldm.pipeline import NonFiniteLatentsError
 
 BETAS = variance_preserving_scheduler("epsilon").config
 LATENT = {"output_type": "latent", "num_inference_steps": 2}
@@ -44,7 +47,7 @@ def exactly(first, second):
 
 @pytest.fixture
 def evaluations():
-    """Counts a pipeline's evaluations of its denoiser, and the rows of each."""
+    """Counts the evaluations of a pipeline's denoiser and the rows of each."""
 
     def watch(pipe):
         rows = []
@@ -56,13 +59,13 @@ def evaluations():
 
 @pytest.fixture(params=["class", "text"])
 def pipe_and_call(request, class_pipeline, text_pipeline):
-    """A pipeline, and the arguments of a call that draws three images."""
+    """A pipeline, and the arguments of a call that samples three images."""
     if request.param == "class":
         return class_pipeline(), {"class_labels": [0, 1, 2]}
     return text_pipeline(), {"prompt": ["a red coat", "a blue bag", ""]}
 
 
-# what comes out
+# outputs
 
 
 MODES = ("disentangled", "published")
@@ -70,7 +73,7 @@ MODES = ("disentangled", "published")
 
 @pytest.fixture
 def prompt_pipeline(text_pipeline):
-    """A pipeline of prompts around a denoiser that reads what its mode reads of CLIP's text."""
+    """A text pipeline whose denoiser reads the outputs of CLIP's text encoder that its mode uses."""
 
     def build(name, conditioning="disentangled", **config):
         dims = dict.fromkeys(DENOISERS[name].text_arguments(conditioning), 96)
@@ -199,7 +202,7 @@ def test_a_step_is_one_evaluation_of_all_guidance_terms(class_pipeline, evaluati
 
 @torch.no_grad()
 def by_hand(pipe, labels, predict, steps=3):
-    """The sampling loop on its own, with a prediction of the caller's."""
+    """The sampling loop with a prediction function of the caller."""
     latents = torch.randn(len(labels), 4, 4, 4, generator=seeded(0))
     control = control_tensor([Control.of_whole_image((8, 8), (8, 8))] * len(labels))
     pipe.scheduler.set_timesteps(steps)
@@ -291,12 +294,12 @@ def test_default_control_is_the_whole_image_at_its_size(class_pipeline):
 def test_default_original_size_keeps_the_aspect_ratio(class_pipeline):
     pipe = class_pipeline()
     pipe.register_to_config(default_original_size=32)
-    (control,) = pipe.make_controls(1, 8, 16, None, None, None, None, None)
+    (control,) = pipe.make_controls(1, 8, 16)
     assert control == Control.of_whole_image((32, 64), (8, 16))
 
 
 def test_a_crop_reaches_to_the_lower_right_by_default(class_pipeline):
-    (control,) = class_pipeline().make_controls(1, 8, 8, (20, 30), (4, 6), None, None, None)
+    (control,) = class_pipeline().make_controls(1, 8, 8, original_size=(20, 30), crops_coords_top_left=(4, 6))
     assert control.crop_size == (16, 24)
 
 
@@ -310,8 +313,8 @@ def test_control_lists_have_one_value_a_prompt(class_pipeline):
         assert_close(alone[0], batch[index], rtol=0, atol=1e-4)
 
 
-PUBLISHED_WITHOUT_SIZES = {name: {} for name in DENOISERS} | {"unet": {"size_features": 0}}
-PUBLISHED_WITH_SIZES = {"unet": {}, "pixart": {"size_conditions": True, "hidden_size": 48}}
+PUBLISHED_WITHOUT_SIZES = {name: {} for name in DENOISERS} | {"unet": {"published": {"size_features": 0}}}
+PUBLISHED_WITH_SIZES = {"unet": {}, "pixart": {"published": {"size_conditions": True}, "hidden_size": 48}}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_WITHOUT_SIZES)
@@ -452,15 +455,15 @@ def test_a_learned_variance_is_left_out(class_pipeline):
     assert sample(class_pipeline(out_channels=8), class_labels=0).shape == (1, 4, 4, 4)
 
 
-def test_encoding_text_gives_what_the_denoiser_reads(text_pipeline):
+def test_encoding_text_gives_what_the_call_takes(text_pipeline):
     pipe = text_pipeline(text_padding="mask")
-    condition = pipe.encode_text(["a red coat", ""])
-    assert condition.encoder_hidden_states.shape == (2, 16, 96)
-    assert condition.encoder_attention_mask.shape == (2, 16)
-    assert condition.pooled_projections is None and condition.control is None
+    embeds, negative, pooled, negative_pooled, mask, negative_mask = pipe.encode_prompt(["a red coat", ""])
+    assert embeds.shape == negative.shape == (2, 16, 96)
+    assert mask.shape == negative_mask.shape == (2, 16)
+    assert pooled.shape == negative_pooled.shape == (2, 96)
 
 
-# what cannot be asked
+# invalid calls
 
 
 BAD_CALLS = [
@@ -484,7 +487,6 @@ BAD_CALLS = [
     ({"flip": [True]}, "`flip` is a list of 1"),
     ({"flip": 2}, "flip"),
     ({"original_size": [(8, 8)]}, "`original_size` is a list of 1"),
-    ({"original_size": [8, 8]}, "original_size"),
     ({"original_size": (8, 0)}, "original_size"),
     ({"original_size": (8,)}, "original_size"),
     ({"crops_coords_top_left": (-1, 0)}, "crops_coords_top_left"),
@@ -539,3 +541,39 @@ def test_control_of_a_model_without_it_is_an_error(class_pipeline, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=name):
         class_pipeline(conditioning="published")(class_labels=0, **arguments)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_spoilt_weights_are_an_error_that_names_the_step(class_pipeline, output_type, value):
+    pipe = class_pipeline()
+    next(pipe.denoiser.parameters()).data.fill_(value)
+    with pytest.raises(NonFiniteLatentsError, match=r"the latents are NaN or infinite after step 1 of 3, of 2 of 2"):
+        pipe(class_labels=[0, 1], num_inference_steps=3, output_type=output_type)
+
+
+@pytest.mark.parametrize("spoilt_step", [0, 2, 3])
+def test_the_step_that_spoils_an_image_is_named(class_pipeline, spoilt_step):
+    def spoil(pipe, step, timestep, tensors):
+        if step == spoilt_step:
+            tensors["latents"][1, 0, 0, 0] = torch.nan
+        return tensors
+
+    expected = rf"after step {spoilt_step + 1} of 4, of 1 of 3 images"
+    with pytest.raises(ValueError, match=expected):
+        class_pipeline()(class_labels=[0, 1, 0], num_inference_steps=4, callback_on_step_end=spoil)
+
+
+def test_latents_that_are_nan_from_the_start_are_an_error(class_pipeline):
+    pipe = class_pipeline()
+    latents = torch.full(pipe.latent_shape(1, pipe.default_size, pipe.default_size), torch.nan)
+    with pytest.raises(NonFiniteLatentsError, match="before the first step"):
+        pipe(class_labels=0, latents=latents)
+
+
+def test_an_autoencoder_that_makes_nan_is_an_error(class_pipeline, autoencoder):
+    pipe = class_pipeline(vae=copy.deepcopy(autoencoder))
+    next(pipe.vae.decoder.parameters()).data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLatentsError, match=r"the images are NaN or infinite; the Autoencoder\w+ computes in"):
+        pipe(class_labels=0, num_inference_steps=1)
+    assert pipe(class_labels=0, num_inference_steps=1, output_type="latent").images.isfinite().all()

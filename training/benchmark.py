@@ -2,11 +2,10 @@
 
 Usage: python training/benchmark.py --peers [--backbones dit unet …] [--device cuda] [--output FILE]
 
-`--peers` sets each denoiser, in `published` conditioning, beside diffusers' class for the same backbone: the same
-widths and inputs, random weights, float32, eager. Every number is a ratio of ours over theirs; below 1 is better.
+`--peers` compares each denoiser, with `published` conditioning, with diffusers' class for the same backbone: the same
+widths and inputs, random weights, float32, eager. Every number is the ratio of ours to theirs; below 1 is better.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -20,8 +19,10 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transf
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.presets import make_denoiser
+from improved_ldm.models.family import make_denoiser
+from improved_ldm.models.published import PublishedUNet
 from improved_ldm.provenance import device_name
 
 SIZE = "S/2"
@@ -41,14 +42,15 @@ def make_peer(backbone: str, config: dict[str, Any]) -> nn.Module:
         return {name: config[name] for name in ("sample_size", "in_channels", "out_channels", *names)}
 
     if backbone == "unet":
+        size_features = PublishedUNet.read(config["published"]).size_features
         levels = ("block_out_channels", "down_block_types", "up_block_types", "transformer_layers_per_block")
         return UNet2DConditionModel(
             **same(*levels, "layers_per_block", "use_linear_projection", "norm_num_groups"),
             attention_head_dim=config["num_attention_heads"],  # diffusers' name for the number of heads
             cross_attention_dim=config["text_dim"],
             addition_embed_type="text_time",
-            addition_time_embed_dim=config["size_features"],
-            projection_class_embeddings_input_dim=config["pooled_dim"] + 6 * config["size_features"],
+            addition_time_embed_dim=size_features,
+            projection_class_embeddings_input_dim=config["pooled_dim"] + 6 * size_features,
         )
     width = config["hidden_size"]
     sizes = same("patch_size", "num_layers", "num_attention_heads")
@@ -68,7 +70,7 @@ def make_peer(backbone: str, config: dict[str, Any]) -> nn.Module:
 
 
 def make_inputs(denoiser: Denoiser, backbone: str, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Random arguments of `forward`, of one name in both libraries; the latents, whose name differs, are `latents`."""
+    """Random arguments of `forward` with their names in both libraries, except the latents, here called `latents`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(*shape):
@@ -89,7 +91,7 @@ def make_inputs(denoiser: Denoiser, backbone: str, batch_size: int, device: torc
     return inputs
 
 
-def draw_weights(model: nn.Module):
+def randomize_weights(model: nn.Module):
     """Draw every weight from N(0, 0.02²), so that no path is zero."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -102,14 +104,14 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def forward_backward(model: nn.Module, inputs: dict[str, Any]):
-    """The gradients of a mean squared error."""
+    """Compute the gradients of a mean squared error."""
     model.zero_grad()
     sample = forward(model, inputs)
     nn.functional.mse_loss(sample, torch.ones_like(sample)).backward()
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes: on the CPU in processor time, which other processes disturb less, else in wall time."""
+    """Seconds that a call takes: processor time on the CPU, which other processes disturb less, else wall time."""
     if device.type == "cpu":
         start = time.process_time()
         function()
@@ -122,7 +124,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def time_pair(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, device: torch.device) -> dict:
-    """Times of two functions, called in the order A B B A …, after one call of each that does not count.
+    """Times of two functions, called in the order A B B A …, after one warm-up call of each.
 
     Returns:
         The medians in milliseconds, and the median and the 10th and 90th percentile of the ratios of neighbours.
@@ -138,10 +140,10 @@ def time_pair(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, d
 
 
 def peak_rise(function: Callable[[], Any], device: torch.device) -> int:
-    """By how many bytes a call raises what is allocated, at its highest.
+    """Bytes that a call allocates at its peak.
 
-    On the CPU this is the highest running sum of the allocator's events, in the profiler's record; it is the same in
-    every run. Scratch space that oneDNN allocates for itself is not in it.
+    On the CPU this is the highest running sum of the allocator's events in the profiler's record, which is the same in
+    every run. Scratch space that oneDNN allocates for itself is not included.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -171,24 +173,24 @@ def training_peak(model: nn.Module, inputs: dict[str, Any], device: torch.device
 
 
 def compare_peers(backbone: str, batch_size: int, rounds: int, device: torch.device, **config) -> dict[str, Any]:
-    """A denoiser beside diffusers' class for its backbone.
+    """Compare a denoiser with diffusers' class for its backbone.
 
     Args:
         backbone: a key of `CONDITIONS`.
-        batch_size: latents in a batch.
-        rounds: calls of each that are timed.
-        device: on which both run.
-        config: of our constructor, where it is to differ from the preset; the peer follows.
+        batch_size: latents per batch.
+        rounds: timed calls of each model.
+        device: device of both models.
+        config: arguments of our constructor that differ from the preset; the peer gets the same.
 
     Returns:
-        Times of `forward` and `forward_backward`, as `time_pair` gives them, and `memory` of a training step and
-        `parameters`, each as a ratio and both numbers.
+        Times of `forward` and `forward_backward` from `time_pair`, and `memory` of a training step and `parameters`,
+        each as a ratio and both numbers.
     """
     ours = make_denoiser(backbone, SIZE, conditioning="published", **{**CONDITIONS[backbone], **config})
     theirs = make_peer(backbone, ours.config)
     inputs = make_inputs(ours, backbone, batch_size, device)
     for model in (ours, theirs):
-        draw_weights(model.train().to(device))
+        randomize_weights(model.train().to(device))
 
     with torch.no_grad():
         forward_times = time_pair(lambda: forward(ours, inputs), lambda: forward(theirs, inputs), rounds, device)
@@ -222,13 +224,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--peers", action="store_true", help="ours beside diffusers' class for the same backbone")
+    mode.add_argument("--peers", action="store_true", help="compare with diffusers' class for the same backbone")
     parser.add_argument("--backbones", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each model")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)
@@ -247,8 +249,9 @@ def main(argv: list[str] | None = None):
             "rounds": arguments.rounds,
             "results": rows,
         }
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error("not measured", "batch-size"):
+        main()

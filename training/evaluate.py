@@ -2,9 +2,9 @@
 
 Usage: accelerate launch training/evaluate.py --pipeline FOLDER_OR_ID --data SET [--key value …]
 
-`--samples FOLDER` in place of `--pipeline` scores images that are there. `--sweep "guidance_scale=1:8:0.5
-control_guidance_scale=0:2:0.5"` draws and scores every combination. The same command goes on where it was stopped, and
-several processes give the same numbers as one.
+`--samples FOLDER` instead of `--pipeline` scores existing images. `--sweep "guidance_scale=1:8:0.5
+control_guidance_scale=0:2:0.5"` samples and scores every combination. The same command resumes where it was stopped,
+and several processes give the same numbers as one.
 """
 
 import json
@@ -14,24 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.evaluation.clip_score import open_clip_scorer
 from improved_ldm.evaluation.disentanglement import control_distances
-from improved_ldm.evaluation.evaluate import Evaluation, identity
+from improved_ldm.evaluation.evaluate import KID_SUBSET_SIZE, Evaluation, identity
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.networks import MissingWeightsError
+from improved_ldm.evaluation.meaning import judged_notes, score_notes
 from improved_ldm.evaluation.obedience import RealImages, evaluate_obedience, open_judged
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
-from improved_ldm.evaluation.sampling import Sampler, SamplingSettings, open_samples
-from improved_ldm.evaluation.sweep import parse_sweep, point_name, write_sweep
-from improved_ldm.hub.card import EVALUATION_FILE, update_card
-from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
-from improved_ldm.trainer.config import exit_on_error, parse_config_or_exit
-from improved_ldm.trainer.evaluation import (
+from improved_ldm.evaluation.request import (
     EvaluateConfig,
     check_keys,
     check_semantics,
@@ -40,16 +34,25 @@ from improved_ldm.trainer.evaluation import (
     read_reference,
     sampling_settings,
 )
+from improved_ldm.evaluation.sampling import Sampler, SamplingSettings, open_samples
+from improved_ldm.evaluation.sweep import parse_sweep, point_name, write_sweep
+from improved_ldm.exits import exit_on_error
+from improved_ldm.hub.card import EVALUATION_FILE, update_card
+from improved_ldm.naming import naming_keys
+from improved_ldm.places import shareable_place
+from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
+from improved_ldm.settings import parse_config_or_exit
+from improved_ldm.trainer.launcher import open_accelerator
 from improved_ldm.trainer.run import EVALUATION_TIME, share_cores
 
 MEASURING_LIBRARIES = ("torchmetrics", "torch-fidelity", "open_clip_torch", "improved_ldm")
 
 
 def main(config: EvaluateConfig):
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_TIME)])
+    accelerator = open_accelerator(trains=False, kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_TIME)])
     share_cores(accelerator, config.cpu_threads)
 
-    # What is evaluated: a pipeline at one or more settings, or images that are there.
+    # What is evaluated: a pipeline at one or more settings, or existing images.
     check_keys(config)
     pipeline = None if config.pipeline is None else load_pipeline(config).to(accelerator.device)
     samples = None if config.samples is None else open_samples(config.samples)
@@ -64,28 +67,34 @@ def main(config: EvaluateConfig):
     config.scores.check_samples(len(samples.files) if samples else config.num_samples, network)
     clip = None if config.clip is None else open_clip_scorer(config.clip, accelerator.device)
     judge = None if pipeline is None or config.sweep else config.obedience.judge
-    judged = open_judged(judge, config.data, size[0], accelerator.print)
+    with naming_keys(judge="obedience.judge", source="data"):
+        judged = open_judged(judge, config.data, size[0], accelerator.print)
     perceptual = None if judged is None else open_perceptual(config.perceptual, accelerator.device)
     if perceptual is not None:
         perceptual.check_size("perceptual", size)
     reference = read_reference(config, pipeline, size)
+    accelerator.print(reference.rows.description)
     config.scores.check_reference(reference.images)
+    scores = config.scores.fitted(min(reference.images, len(samples.files) if samples else config.num_samples))
+    if scores != config.scores and scores.kid_subset_size < KID_SUBSET_SIZE:
+        accelerator.print(f"kid uses subsets of {scores.kid_subset_size} images, as many as the smaller set has")
 
-    # What is asked of the pipeline, and where it goes.
+    # What the pipeline samples, and the folders for it.
     folders = [config.folder / "sweep" / point_name(point) if point else config.folder for point in points]
     sampler = None
     if pipeline is not None:
         sampler = Sampler(pipeline, make_all_requests(config, pipeline, reference), config.batch_size)
         for folder, setting in zip(folders, settings, strict=True):
             sampler.check_folder(folder / "samples", setting)
-    evaluation = Evaluation(reference, network, clip, config.scores, config.batch_size)
+    evaluation = Evaluation(reference, network, clip, scores, config.batch_size)
+    accelerator.print(f"results are written to {config.folder}/")
 
     # Samples, then numbers, setting by setting.
     records = []
     for folder, setting in zip(folders, settings, strict=True):
         started = time.perf_counter()
         if sampler is not None:
-            sampler.draw(folder / "samples", setting)
+            sampler.sample(folder / "samples", setting)
             accelerator.wait_for_everyone()
             samples = open_samples(folder / "samples", config.num_samples)
         sampled = time.perf_counter()
@@ -107,10 +116,15 @@ def main(config: EvaluateConfig):
         }
         if judged is not None:
             record |= judge_control(config, pipeline, setting, judged, perceptual)
+        record["notes"] = score_notes(record) | judged_notes(
+            record.get("obedience", {}) | record.get("disentanglement", {})
+        )
+        for name, note in record["notes"].items():
+            accelerator.print(f"{name} is not meaningful: {note}")
         write_json(folder / "metrics.json", record)
         records.append(record)
     if accelerator.is_main_process:
-        finish(config, records)
+        write_results(config, records)
     accelerator.end_training()
 
 
@@ -129,6 +143,7 @@ def judge_control(
         "obedience": evaluate_obedience(pipeline, *judged, **counts, seed=config.seed, **call),
         "disentanglement": control_distances(pipeline, perceptual, judged[1], detail, config.seed, **call),
         "judged_samples": call | {"seed": config.seed, "control": "set by each test; that of `samples` is not used"},
+        "judge": shareable_place(config.obedience.judge),
         "perceptual": identity(perceptual),
     }
 
@@ -136,12 +151,12 @@ def judge_control(
 def describe_samples(
     config: EvaluateConfig, sampler: Sampler | None, setting: SamplingSettings | None
 ) -> dict[str, Any]:
-    """What was asked for and how it was drawn, or where the images were found."""
+    """The requests and settings of the samples, or the folder of existing images."""
     if sampler is None:
-        return {"folder": str(config.samples)}
+        return {"folder": shareable_place(str(config.samples))}
     requests = sampler.requests
     return {
-        "pipeline": config.pipeline,
+        "pipeline": shareable_place(config.pipeline),
         "labels": "captions in turn" if isinstance(requests[0].semantic, str) else config.labels,
         "seeds": [requests[0].seed, requests[-1].seed],
         "control": config.control,
@@ -150,8 +165,8 @@ def describe_samples(
     }
 
 
-def finish(config: EvaluateConfig, records: list[dict[str, Any]]):
-    """Write what the points of a sweep say together, or show the numbers of a single evaluation on the card."""
+def write_results(config: EvaluateConfig, records: list[dict[str, Any]]):
+    """Write the results of a sweep, or show the numbers of a single evaluation on the card."""
     if config.sweep:
         write_sweep(records, config.folder)
         print(f"{config.folder}/ holds sweep.json and sweep.png, and under sweep/ the samples of each point")
@@ -165,6 +180,5 @@ def finish(config: EvaluateConfig, records: list[dict[str, Any]]):
 
 
 if __name__ == "__main__":
-    config = parse_config_or_exit(EvaluateConfig, sys.argv[1:])
-    with exit_on_error("not evaluated", MissingWeightsError):
-        main(config)
+    with exit_on_error("not evaluated", "batch_size"):
+        main(parse_config_or_exit(EvaluateConfig, sys.argv[1:]))

@@ -1,27 +1,33 @@
-"""Render the card of every member of the family in every size, as it stands before weights are published.
+"""Render one card per member of the family, for models whose weights are not published yet.
 
 Usage: python training/render_cards.py
 
-Models are made without weights; recipe and command are those of the configurations for the paper's two data sets.
+Each card has the recipe and the command of the paper's size, and a table of all sizes. Models are built without
+weights, from the configurations of the paper's two data sets.
 """
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.hub.card import render_card
 from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.settings import parse_config
 from improved_ldm.trainer.components import build_denoiser, build_objective
-from improved_ldm.trainer.config import RunConfig, parse_config
+from improved_ldm.trainer.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
 SIZES = ("S/2", "B/2", "L/2", "XL/2")
+PAPER_SIZE = "XL/2"
 LAUNCH = ("accelerate", "launch", "--multi_gpu", "--num_processes", "16")  # the paper's batch of 2048 in both recipes
 
 
@@ -30,10 +36,10 @@ class Recipe:
     """How a member is trained.
 
     Args:
-        script: that trains it.
-        config: its configuration.
-        conditions: what the data set or the text encoder tells the denoiser.
-        prompt: for the lines of use.
+        script: training script.
+        config: configuration file.
+        conditions: constructor arguments of the denoiser that follow from the data set or the text encoder.
+        prompt: prompt or class label of the usage example.
     """
 
     script: str
@@ -54,26 +60,36 @@ CC12M = Recipe(
 RECIPES = {"unet": CC12M, "dit": IMAGENET, "mdt": IMAGENET, "pixart": CC12M, "mmdit": CC12M}
 
 
-def family_cards(name: str) -> dict[str, str]:
-    """The cards of a member of the family by file name, one a size; each has a table of all its sizes."""
-    recipe, models, rows = RECIPES[name], {}, []
-    for size in SIZES:
-        folder = f"runs/{name}-{size.replace('/', '-')}"
-        arguments = ["--denoiser.name", name, "--denoiser.size", size, "--output_dir", folder]
-        config = parse_config(RunConfig, arguments, ROOT / recipe.config)
-        pipeline = meta_pipeline(config, recipe.conditions)
-        command = shlex.join([*LAUNCH, recipe.script, "--config", recipe.config, *arguments])
-        models[folder] = pipeline, config.model_dump(mode="json"), {"command": command}
-        row = {"size": size, "summary": pipeline.denoiser.summary, "parameters": pipeline.denoiser.num_parameters()}
-        rows.append(row | {"multiply_adds": multiply_adds(pipeline.denoiser, config.text.max_tokens)})
+def family_card(name: str) -> str:
+    """The card of a member of the family: the recipe for `PAPER_SIZE`, and a table of all sizes."""
+    recipe, folder = RECIPES[name], f"runs/{name}"
+    arguments = {size: ["--denoiser.name", name, "--denoiser.size", size, "--output_dir", folder] for size in SIZES}
+    configs = {size: parse_config(RunConfig, given, ROOT / recipe.config) for size, given in arguments.items()}
+    pipelines = {size: meta_pipeline(config, recipe.conditions) for size, config in configs.items()}
+    command = shlex.join([*LAUNCH, recipe.script, "--config", recipe.config, *arguments[PAPER_SIZE]])
+    card = render_card(
+        folder,
+        pipelines[PAPER_SIZE],
+        configs[PAPER_SIZE].model_dump(mode="json"),
+        {"command": command},
+        recipe.prompt,
+        sizes=[size_row(size, pipelines[size].denoiser, configs[size].text.max_tokens) for size in SIZES],
+    )
+    return f"{card}\n"
+
+
+def size_row(size: str, denoiser: Denoiser, max_tokens: int) -> dict[str, Any]:
+    """A row of the table of sizes."""
     return {
-        f"{Path(folder).name}.md": f"{render_card(folder, *model, recipe.prompt, sizes=rows)}\n"
-        for folder, model in models.items()
+        "size": size,
+        "summary": denoiser.summary,
+        "parameters": denoiser.num_parameters(),
+        "multiply_adds": multiply_adds(denoiser, max_tokens),
     }
 
 
 def meta_pipeline(config: RunConfig, conditions: dict[str, int]) -> ImprovedLDMPipeline:
-    """The pipeline of a run without weights, and without the text encoder, which a card does not look at."""
+    """The pipeline of a run without weights and without the text encoder, which the card does not need."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("meta"):
         vae = AutoencoderKL(block_out_channels=[128, 256, 512, 512], **blocks)  # Stable Diffusion's: factor 8
@@ -82,11 +98,11 @@ def meta_pipeline(config: RunConfig, conditions: dict[str, int]) -> ImprovedLDMP
 
 
 def multiply_adds(denoiser: Denoiser, max_tokens: int) -> float:
-    """Of one evaluation for one image, with a text of `max_tokens` where the denoiser reads text.
+    """Multiply-adds of one evaluation of one image, with `max_tokens` text tokens if the denoiser reads text.
 
     Args:
-        denoiser: on the meta device.
-        max_tokens: tokens a prompt.
+        denoiser: model on the meta device.
+        max_tokens: tokens per prompt.
     """
     config, conditions = denoiser.config, {}
     if config.text_dim:
@@ -97,13 +113,15 @@ def multiply_adds(denoiser: Denoiser, max_tokens: int) -> float:
     return counter.get_total_flops() / 2
 
 
-def main():
+def main(argv: list[str]):
+    ArgumentParser(description=__doc__.partition("\n")[0]).parse_args(argv)
     CARDS.mkdir(exist_ok=True)
     for name in RECIPES:
-        for file, text in family_cards(name).items():
-            (CARDS / file).write_text(text)
-            print(CARDS / file)
+        file = CARDS / f"{name}.md"
+        file.write_text(family_card(name), encoding="utf-8")
+        print(file)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error("not rendered"):
+        main(sys.argv[1:])

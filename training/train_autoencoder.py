@@ -4,57 +4,94 @@ Usage: accelerate launch training/train_autoencoder.py --output_dir runs/autoenc
 """
 
 import itertools
-import json
 import sys
-from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import nn
 
 from improved_ldm.autoencoder import decode_latents, encode_images
-from improved_ldm.data.samples import make_loader
+from improved_ldm.bounds import (
+    BatchSize,
+    Count,
+    DecayRate,
+    Depth,
+    LocalPath,
+    NotNegative,
+    Pixels,
+    Place,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    Text,
+    Width,
+    Workers,
+)
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
-from improved_ldm.trainer.config import parse_config_or_exit
+from improved_ldm.exits import exit_on_error
+from improved_ldm.naming import naming_keys
+from improved_ldm.provenance import write_json
+from improved_ldm.settings import Section, parse_config_or_exit
+from improved_ldm.trainer.launcher import open_accelerator
+from improved_ldm.trainer.nonfinite import check_weights
+from improved_ldm.trainer.optimizer import WeightAverage
 
 ARCHITECTURE = {"block_out_channels", "layers_per_block", "norm_num_groups", "latent_channels"}
 
 
-class Config(BaseModel):
-    """What a run is made of. `data` is anything that `open_rows` takes; captions are not read."""
+class Config(Section):
+    """Settings of a run. `data` is anything that `open_rows` takes; captions are not read."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    output_dir: Path
-    data: str = "embedded:fashion-mnist"
-    test_split: str = "test"
-    resolution: int = 32  # pixels
-    block_out_channels: tuple[int, ...] = (16, 32, 32)  # every block but the last halves the resolution
-    layers_per_block: int = 1
-    norm_num_groups: int = 8
-    latent_channels: int = 4
-    kl_weight: float = 3e-4  # of the mean divergence of a latent number, in nats
-    latent_flip_probability: float = 0.5  # of decoding a mirrored latent to the mirrored image
-    min_crop: float = 0.6  # smallest crop, fraction of the image
-    reduce_probability: float = 0.5  # of reducing the image to fewer pixels before it is enlarged again
-    min_original_size: int = 7  # shorter side that a reduced image keeps at least, pixels
-    batch_size: int = 32  # of one process
-    steps: int = 6000
-    learning_rate: float = 2e-3
-    ema_decay: float = 0.995
-    num_workers: int = 0
-    seed: int = 0
+    output_dir: LocalPath
+    """Folder to save the autoencoder in."""
+    data: Place = "embedded:fashion-mnist"
+    """Images: an embedded set, a Hub id, a file or a folder."""
+    test_split: Text = "test"
+    """Split of the set for the final measurements."""
+    resolution: Pixels = 32
+    """Side length of images, in pixels."""
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=10)] = (16, 32, 32)
+    """Channels per block; every block except the last halves the resolution."""
+    layers_per_block: Depth = 1
+    """Residual layers per block."""
+    norm_num_groups: Width = 8
+    """Groups per normalization."""
+    latent_channels: Width = 4
+    """Channels of the latents."""
+    kl_weight: NotNegative = 3e-4
+    """Weight of the KL divergence, which is a mean over latent values, in nats."""
+    latent_flip_probability: Probability = 0.5
+    """Probability of decoding a mirrored latent to the mirrored image."""
+    min_crop: Share = 0.6
+    """Side length of the smallest crop, as a fraction of the largest square."""
+    reduce_probability: Probability = 0.5
+    """Probability that an image is scaled down before it is scaled up again."""
+    min_original_size: Pixels = 7
+    """Smallest shorter side of an image that is scaled down, in pixels."""
+    batch_size: BatchSize = 32
+    """Images per process and step."""
+    steps: Count = 6000
+    """Optimizer steps."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate."""
+    ema_decay: DecayRate = 0.995
+    """Decay per step of the averaged weights."""
+    num_workers: Workers = 0
+    """Processes that read and transform images."""
+    seed: Seed = 0
+    """Seed of weights, data order and noise."""
 
 
 def build_autoencoder(config: Config) -> AutoencoderKL:
-    """An autoencoder of the configured size with fresh weights."""
+    """An autoencoder of the configured size with new weights."""
     blocks = len(config.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -70,7 +107,7 @@ def build_autoencoder(config: Config) -> AutoencoderKL:
 class AutoencoderLoss(nn.Module):
     """Reconstruction error and KL divergence of a batch.
 
-    Mirroring some latents and their targets alike makes the latent of a mirrored image the mirrored latent.
+    Some latents are mirrored together with their targets, so that mirrored images get mirrored latents.
     Source: Rombach et al. 2022 without the adversarial part; mirroring after Kouzelis et al. 2025 (EQ-VAE).
     """
 
@@ -91,7 +128,8 @@ class AutoencoderLoss(nn.Module):
 
 def load_pixels(config: Config, split: str, transform: ImageTransform) -> torch.Tensor:
     """The first 2000 images of a split, each transformed: (images, 3, resolution, resolution)."""
-    rows = open_rows(config.data, split, caption_column=None)
+    with naming_keys(source="data", split="test_split"):
+        rows = open_rows(config.data, split, caption_column=None)
     return next(iter(make_loader(rows, transform, batch_size=2000, shuffle_window=0, repeat=False)))["pixels"]
 
 
@@ -100,7 +138,7 @@ def whiten_latents(vae: AutoencoderKL, pixels: torch.Tensor):
     """Give the latents of `pixels` mean 0, variance 1 and no correlation between channels.
 
     The linear map and its inverse go into the 1x1 convolutions around the latents. The posterior's variance becomes
-    the same for all images. Source: our choice; detail that hides in a direction of small variance is lost in noise.
+    the same for all images. Source: our choice, because detail in a direction of small variance is lost in noise.
     """
     posterior, channels = vae.encode(pixels).latent_dist, vae.config.latent_channels
     latents = posterior.sample().transpose(0, 1).flatten(1)
@@ -130,23 +168,28 @@ def evaluate(vae: AutoencoderKL, pixels: torch.Tensor) -> dict[str, float]:
         "l1": error.abs().mean().item(),
         "latent_std": latents.std().item(),
         "latent_max": latents.abs().max().item(),
-        "mirror_error": (of_mirrored.flip(-1) - latents).square().mean().item(),  # of variance 1
+        "mirror_error": (of_mirrored.flip(-1) - latents).square().mean().item(),  # relative to variance 1
     }
 
 
 def main(config: Config):
-    accelerator = Accelerator()
+    accelerator = open_accelerator()
     set_seed(config.seed)  # equal weights on all ranks
     vae = build_autoencoder(config).to(memory_format=torch.channels_last)
     objective = AutoencoderLoss(vae, config.kl_weight, config.latent_flip_probability)
     optimizer = torch.optim.AdamW(objective.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=0)
-    steps = config.steps * accelerator.num_processes  # the scheduler steps once a process
+    steps = config.steps * accelerator.num_processes  # the scheduler steps once per process
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
-    ema = EMAModel(vae.parameters(), decay=config.ema_decay)
+    ema, not_skipped = (
+        WeightAverage(vae, config.ema_decay, warmup=True),
+        torch.tensor(False, device=accelerator.device),
+    )
 
-    set_seed(config.seed, device_specific=True)  # unequal noise
-    rows = open_rows(config.data, caption_column=None)
+    set_seed(config.seed, device_specific=True)  # different noise on each rank
+    with naming_keys(source="data"):
+        rows = open_rows(config.data, caption_column=None)
+    accelerator.print(rows.description)
     fields = config.model_dump(include={"resolution", "min_crop", "reduce_probability", "min_original_size"})
     transform = ImageTransform(crop_policy="crop_then_resize", crop_position="random", flip_probability=0.5, **fields)
     rank = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -159,12 +202,14 @@ def main(config: Config):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        ema.step(vae.parameters())
+        ema.update_parameters(vae, not_skipped)
         if step % 100 == 0:
+            check_weights(objective, step)
             accelerator.print(f"step {step} of {config.steps}: loss {loss.item():.4f}")
 
+    check_weights(objective, config.steps)
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
+        vae.load_state_dict(ema.module.state_dict())
         vae = vae.to("cpu", memory_format=torch.contiguous_format).eval()
         whole = ImageTransform(config.resolution)
         whiten_latents(vae, load_pixels(config, "train", whole))
@@ -174,8 +219,9 @@ def main(config: Config):
         views = {"whole": test, "cropped, reduced, mirrored": changed}
         metrics = {view: evaluate(vae, pixels) for view, pixels in views.items()}
         accelerator.print(metrics)
-        (config.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(config.output_dir / "metrics.json", metrics)
 
 
 if __name__ == "__main__":
-    main(parse_config_or_exit(Config, sys.argv[1:]))
+    with exit_on_error("not trained", "batch_size"):
+        main(parse_config_or_exit(Config, sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Train a small contrastive text-and-image pair (CLIP) on captioned images.
 
 The folder it writes loads with `CLIPModel`, `CLIPTextModel`, `CLIPTokenizer` and `CLIPImageProcessor`. The text tower
-can condition a denoiser, the pair scores how well samples follow their prompts.
+can condition a denoiser; the pair can score how well samples follow their prompts.
 
 Usage: accelerate launch training/train_clip.py --output_dir runs/clip
 """
@@ -9,63 +9,96 @@ Usage: accelerate launch training/train_clip.py --output_dir runs/clip
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import BaseModel, ConfigDict
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
-from improved_ldm.data.samples import make_loader
+from improved_ldm.bounds import (
+    BatchSize,
+    Count,
+    Depth,
+    LocalPath,
+    NotNegative,
+    Pixels,
+    Place,
+    Positive,
+    Seed,
+    Share,
+    Text,
+    Width,
+)
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
-from improved_ldm.trainer.config import parse_config_or_exit
+from improved_ldm.exits import exit_on_error
+from improved_ldm.naming import naming_keys
+from improved_ldm.provenance import write_json
+from improved_ldm.settings import Section, parse_config_or_exit
+from improved_ldm.trainer.launcher import open_accelerator
+from improved_ldm.trainer.nonfinite import check_weights
 
 
-class Config(BaseModel):
-    """What a run is made of. `data` is anything that `open_rows` takes."""
+class Config(Section):
+    """Settings of a run. `data` is anything that `open_rows` takes."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    output_dir: Path
-    data: str = "embedded:fashion-mnist"
-    test_split: str = "test"
-    label_column: str | None = "label"  # samples of one label match each other; without labels, equal captions do
-    resolution: int = 32  # pixels
-    patch_size: int = 8  # pixels
-    width: int = 96
-    heads: int = 4
-    text_layers: int = 2
-    vision_layers: int = 4
-    projection_dim: int = 64
-    max_tokens: int = 16  # of a prompt, with its start and its end
-    max_merges: int = 2048  # words and word parts that the tokenizer learns
-    min_crop: float = 0.8  # smallest crop, fraction of the image
-    batch_size: int = 64  # of one process
-    steps: int = 1600
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    seed: int = 0
+    output_dir: LocalPath
+    """Folder to save the model in."""
+    data: Place = "embedded:fashion-mnist"
+    """Captioned images: an embedded set, a Hub id, a file or a folder."""
+    test_split: Text = "test"
+    """Split of the set for the final measurements."""
+    label_column: Text | None = "label"
+    """Column of labels; samples with the same label match each other, or with null, those with the same caption."""
+    resolution: Pixels = 32
+    """Side length of images, in pixels."""
+    patch_size: Pixels = 8
+    """Side length of a patch, in pixels."""
+    width: Width = 96
+    """Width of both towers."""
+    heads: Width = 4
+    """Attention heads per layer."""
+    text_layers: Depth = 2
+    """Layers of the text tower."""
+    vision_layers: Depth = 4
+    """Layers of the image tower."""
+    projection_dim: Width = 64
+    """Width of the shared embedding."""
+    max_tokens: Width = 16
+    """Tokens per prompt, including its start and end."""
+    max_merges: Count = 2048
+    """Largest number of words and word parts that the tokenizer learns."""
+    min_crop: Share = 0.8
+    """Side length of the smallest crop, as a fraction of the largest square."""
+    batch_size: BatchSize = 64
+    """Images per process and step."""
+    steps: Count = 1600
+    """Optimizer steps."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NotNegative = 0.05
+    """Decoupled weight decay."""
+    seed: Seed = 0
+    """Seed of weights and data order."""
 
 
 def train_tokenizer(captions: list[str], max_merges: int, max_tokens: int) -> CLIPTokenizer:
-    """CLIP's byte-level BPE tokenizer, its merges learned from captions; any other text falls back to bytes."""
+    """CLIP's byte-level BPE tokenizer, with merges learned from captions; any other text falls back to bytes."""
     blank = CLIPTokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=512 + max_merges, end_of_word_suffix="</w>", show_progress=False)
     blank.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]  # the end has the highest index, as CLIP's
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]  # the end has the highest index, as in CLIP
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
 def build_model(config: Config, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP model of the configured size with fresh weights."""
+    """A CLIP model of the configured size with new weights."""
     width, dim = config.width, config.projection_dim
     tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=config.heads, projection_dim=dim)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -83,11 +116,11 @@ def image_processor(resolution: int) -> CLIPImageProcessor:
 
 
 def contrastive_loss(logits_per_text: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric loss, where every pair of one group matches.
+    """CLIP's symmetric loss, in which all samples of a group match each other.
 
     Args:
         logits_per_text: (batch, batch) scaled similarities.
-        groups: (batch,) int; samples of equal number match each other.
+        groups: (batch,) int; samples with equal numbers match each other.
 
     Source: Khosla et al. 2020, supervised contrastive learning, applied to CLIP's logits.
     """
@@ -97,7 +130,7 @@ def contrastive_loss(logits_per_text: torch.Tensor, groups: torch.Tensor) -> tor
 
 
 def match_groups(batch: dict) -> torch.Tensor:
-    """(batch,) numbers that are equal where samples match: their labels, or else the index of their caption."""
+    """(batch,) numbers that are equal for samples that match: their labels, or else the index of their caption."""
     if "label" in batch:
         return batch["label"]
     index = {caption: number for number, caption in enumerate(dict.fromkeys(batch["caption"]))}
@@ -106,8 +139,9 @@ def match_groups(batch: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> dict[str, float]:
-    """Share of 2000 test images whose nearest caption, of all their captions, is one that matches them."""
-    rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
+    """Share of 2000 test images whose nearest caption, among those of all these images, matches them."""
+    with naming_keys(source="data", split="test_split"):
+        rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
     loader = make_loader(rows, ImageTransform(config.resolution), batch_size=2000, shuffle_window=0, repeat=False)
     batch = next(iter(loader))
     groups = match_groups(batch)
@@ -118,16 +152,17 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> dict
 
 
 def main(config: Config):
-    accelerator = Accelerator()
+    accelerator = open_accelerator()
     set_seed(config.seed)
-    rows = open_rows(config.data, label_column=config.label_column)
-    captions = [row[rows.caption_column] for row in rows.dataset.select_columns(rows.caption_column)]
-    tokenizer = train_tokenizer(captions, config.max_merges, config.max_tokens)
+    with naming_keys(source="data"):
+        rows = open_rows(config.data, label_column=config.label_column)
+    accelerator.print(rows.description)
+    tokenizer = train_tokenizer(list(rows.captions()), config.max_merges, config.max_tokens)
     model = build_model(config, tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
-    steps = config.steps * accelerator.num_processes  # the scheduler steps once a process
+    steps = config.steps * accelerator.num_processes  # the scheduler steps once per process
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
@@ -147,16 +182,19 @@ def main(config: Config):
         scheduler.step()
         optimizer.zero_grad()
         if step % 100 == 0:
+            check_weights(model, step)
             accelerator.print(f"step {step} of {config.steps}: loss {loss.item():.4f}")
 
+    check_weights(model, config.steps)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model).cpu().eval()
         for part in (model, tokenizer, image_processor(config.resolution)):
             part.save_pretrained(config.output_dir)
         metrics = evaluate(model, tokenizer, config)
         accelerator.print(metrics)
-        (config.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(config.output_dir / "metrics.json", metrics)
 
 
 if __name__ == "__main__":
-    main(parse_config_or_exit(Config, sys.argv[1:]))
+    with exit_on_error("not trained", "batch_size"):
+        main(parse_config_or_exit(Config, sys.argv[1:]))

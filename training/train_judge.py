@@ -4,43 +4,75 @@ Usage: accelerate launch training/train_judge.py --output_dir runs/judge
 """
 
 import itertools
-import json
 import sys
-from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from improved_ldm.data.samples import make_loader
+from improved_ldm.bounds import (
+    BatchSize,
+    Classes,
+    Count,
+    CountOrZero,
+    LocalPath,
+    NotNegative,
+    Pixels,
+    Place,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    Text,
+    Width,
+)
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.trainer.config import parse_config_or_exit
+from improved_ldm.exits import exit_on_error
+from improved_ldm.naming import naming_keys
+from improved_ldm.provenance import write_json
+from improved_ldm.settings import Section, parse_config_or_exit
+from improved_ldm.trainer.launcher import open_accelerator
+from improved_ldm.trainer.nonfinite import check_weights
 
 
-class Config(BaseModel):
-    """What a run is made of. `data` is anything that `open_rows` takes, with integer labels."""
+class Config(Section):
+    """Settings of a run. `data` is anything that `open_rows` takes, with integer labels."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    output_dir: Path
-    data: str = "embedded:fashion-mnist"
-    test_split: str = "test"
-    label_column: str = "label"
-    num_classes: int = 10
-    resolution: int = 32  # pixels
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    min_crop: float = 0.85  # smallest crop, fraction of the image
-    one_sided: tuple[int, ...] = (5, 7, 9)  # classes that look one way in the data: sandals, sneakers, ankle boots
-    batch_size: int = 64  # of one process; each image comes with its mirror image
-    steps: int = 1200
-    learning_rate: float = 4e-3
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    seed: int = 0
+    output_dir: LocalPath
+    """Folder to save the judge in."""
+    data: Place = "embedded:fashion-mnist"
+    """Labelled images: an embedded set, a Hub id, a file or a folder."""
+    test_split: Text = "test"
+    """Split of the set for the final measurements."""
+    label_column: Text = "label"
+    """Column of the class labels."""
+    num_classes: Classes = 10
+    """Number of classes."""
+    resolution: Pixels = 32
+    """Side length of images, in pixels."""
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=10)] = (16, 32, 64, 128)
+    """Channels per level."""
+    min_crop: Share = 0.85
+    """Side length of the smallest crop, as a fraction of the largest square."""
+    one_sided: tuple[CountOrZero, ...] = (5, 7, 9)
+    """Classes that face one way in the data: sandals, sneakers, ankle boots."""
+    batch_size: BatchSize = 64
+    """Images per process and step; each comes with its mirror image."""
+    steps: Count = 1200
+    """Optimizer steps."""
+    learning_rate: Positive = 4e-3
+    """Peak learning rate."""
+    weight_decay: NotNegative = 0.05
+    """Decoupled weight decay."""
+    label_smoothing: Probability = 0.05
+    """Share of the target that is spread over all classes."""
+    seed: Seed = 0
+    """Seed of weights and data order."""
 
 
 def with_mirror_images(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,8 +84,9 @@ def with_mirror_images(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @torch.no_grad()
 def evaluate(judge: Judge, config: Config) -> dict[str, float]:
-    """Accuracy of the class on the test split and its mirror images, and of the orientation where there is one."""
-    rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
+    """Accuracy of the class on the test split and its mirror images, and of the orientation for one-sided classes."""
+    with naming_keys(source="data", split="test_split"):
+        rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
     transform = ImageTransform(config.resolution)
     batches = make_loader(rows, transform, batch_size=250, shuffle_window=0, repeat=False)
     class_hits, flip_hits = [], []
@@ -68,15 +101,17 @@ def evaluate(judge: Judge, config: Config) -> dict[str, float]:
 
 
 def main(config: Config):
-    accelerator = Accelerator()
+    accelerator = open_accelerator()
     set_seed(config.seed)
     judge = Judge(config.num_classes, config.resolution, config.widths, config.data, config.one_sided)
     optimizer = torch.optim.AdamW(judge.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.steps * accelerator.num_processes  # the scheduler steps once a process
+    steps = config.steps * accelerator.num_processes  # the scheduler steps once per process
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=0.1)
     judge, optimizer, scheduler = accelerator.prepare(judge, optimizer, scheduler)
 
-    rows = open_rows(config.data, label_column=config.label_column)
+    with naming_keys(source="data"):
+        rows = open_rows(config.data, label_column=config.label_column)
+    accelerator.print(rows.description)
     transform = ImageTransform(config.resolution, "crop_then_resize", "random", min_crop=config.min_crop)
     rank = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = make_loader(rows, transform, config.batch_size, config.seed, **rank)
@@ -89,15 +124,18 @@ def main(config: Config):
         scheduler.step()
         optimizer.zero_grad()
         if step % 100 == 0:
+            check_weights(judge, step)
             accelerator.print(f"step {step} of {config.steps}: loss {loss.item():.4f}")
 
+    check_weights(judge, config.steps)
     if accelerator.is_main_process:
         judge = accelerator.unwrap_model(judge).cpu().eval()
         judge.save_pretrained(config.output_dir)
         metrics = evaluate(judge, config)
         accelerator.print(metrics)
-        (config.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(config.output_dir / "metrics.json", metrics)
 
 
 if __name__ == "__main__":
-    main(parse_config_or_exit(Config, sys.argv[1:]))
+    with exit_on_error("not trained", "batch_size"):
+        main(parse_config_or_exit(Config, sys.argv[1:]))

@@ -2,8 +2,8 @@
 
 Usage: accelerate launch training/train_lora.py --base FOLDER_OR_ID --data FOLDER [--section.key value …]
 
-Autoencoder, text encoder, text padding and noise schedule are the base's. Without arguments the base is the
-quickstart's model, and the images are those that ship with the package.
+Autoencoder, text encoder, text padding and noise schedule are those of the base. Without arguments the base is the
+model of the quickstart, and the images are those that ship with the package.
 """
 
 import sys
@@ -11,70 +11,71 @@ import time
 from pathlib import Path
 
 from improved_ldm.data.latents import SampleEncoder
-from improved_ldm.data.sources import CorruptImagesError, open_rows
-from improved_ldm.hub.repository import HubError
+from improved_ldm.exits import exit_on_error
+from improved_ldm.settings import parse_config_or_exit
 from improved_ldm.trainer.adapters import (
     add_adapter,
     base_objective,
     check_adapter_run,
+    fill_from_base,
     load_base,
-    put_into,
-    with_base,
+    set_trained,
 )
-from improved_ldm.trainer.batches import image_transform, open_batches, survey
-from improved_ldm.trainer.config import AdapterRunConfig, exit_on_error, parse_config_or_exit
+from improved_ldm.trainer.batches import image_transform, open_batches, open_data, survey
+from improved_ldm.trainer.config import AdapterRunConfig
 from improved_ldm.trainer.finish import finish
-from improved_ldm.trainer.grids import diverse_prompts, grid_drawer
-from improved_ldm.trainer.loop import train
-from improved_ldm.trainer.pushes import pipeline_pusher
+from improved_ldm.trainer.grids import grid_sampler
+from improved_ldm.trainer.hub_push import pipeline_pusher
+from improved_ldm.trainer.lock import released_locks
+from improved_ldm.trainer.loop import Hook, Start, train
 from improved_ldm.trainer.run import start_run
+from improved_ldm.trainer.semantic import class_rows, prompt_rows
 
 DEFAULT = Path(__file__).parent / "configs" / "lora_fashion.yaml"
-GRID_ROWS = 8
 
 
-def main(argv: list[str]):
+def train_adapter(config: AdapterRunConfig):
+    """Train an adapter; its files, samples, metrics and card go to the run's folder."""
     started = time.perf_counter()
-    config = parse_config_or_exit(AdapterRunConfig, argv, DEFAULT)
 
-    # The base and the data: opened and looked at before anything else is done.
+    # The base and the data: opened and checked before anything else.
     pipeline = load_base(config.base)
     check_adapter_run(config, pipeline)
-    config = with_base(config, pipeline)
+    config = fill_from_base(config, pipeline)
     image_transform(config)
-    data, class_names = config.data, pipeline.config.class_names
-    columns = {"caption_column": data.caption_column, "label_column": None}
-    if not pipeline.takes_text:
-        columns = {"caption_column": None, "label_column": data.label_column, "num_classes": data.num_classes}
-    rows = open_rows(data.source, data.split, data.name, data.image_column, **columns)
-    captions = survey(rows).captions
+    class_names = pipeline.config.class_names
+    rows = open_data(config.data, pipeline.takes_text)
+    look = survey(rows)
     if rows.class_names and class_names and rows.class_names != class_names:
         raise ValueError(
             f"the set's classes are {rows.class_names}, the base's {class_names}; a label must mean the same in both."
         )
 
-    # The adapter: everything else of the base stays as it is.
+    # The adapter: all other weights of the base stay frozen.
     run = start_run(config)
     push = pipeline_pusher(run, pipeline)
     pipeline.to(run.accelerator.device)
     adapted = add_adapter(pipeline, config.lora)
     encoder = SampleEncoder(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, config.text.max_tokens)
-    if not pipeline.takes_text:
-        grid_rows = list(range(min(GRID_ROWS, pipeline.denoiser.config.num_classes)))
+    if pipeline.takes_text:
+        grid_rows = prompt_rows(config.sampling.prompts, encoder, look)
     else:
-        grid_rows = list(config.sampling.prompts or ()) or diverse_prompts(
-            captions, encoder.text(captions).pooled, GRID_ROWS
-        )
+        grid_rows = class_rows(pipeline.denoiser.config.num_classes)
 
     # The training, in the loop that all scripts share.
-    batches = open_batches(run, rows, encoder)
-    draw_samples = grid_drawer(pipeline, grid_rows, config.seed, run.folder / "samples")
-    objective = base_objective(config, pipeline)
-    put_into(pipeline, train(run, adapted, objective, batches, draw_samples, on_push=push))
+    batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)
+    sample = grid_sampler(pipeline, grid_rows, config.seed, run.folder / "samples")
+    hooks = [Hook(config.sampling.every, sample), Hook(config.hub.push_every, push)]
+    set_trained(pipeline, train(run, Start(adapted, base_objective(config, pipeline)), batches, hooks))
     finish(run, pipeline, grid_rows, started)
     run.accelerator.end_training()
 
 
+def main(argv: list[str]):
+    with released_locks():
+        train_adapter(parse_config_or_exit(AdapterRunConfig, argv, DEFAULT))
+
+
 if __name__ == "__main__":
-    with exit_on_error("not trained", HubError, CorruptImagesError):
+    with exit_on_error("not trained", "training.batch_size"):
         main(sys.argv[1:])

@@ -1,1 +1,1 @@
-"""What a denoiser is told besides the noisy latents: control record, text tokens, guidance."""
+"""The inputs of a denoiser besides the noisy latents: control record and text tokens; and their guidance."""

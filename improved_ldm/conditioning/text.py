@@ -1,45 +1,68 @@
-"""From prompts to a token sequence of fixed length, and what stands where a prompt is shorter than that."""
+"""Encoding of prompts into token sequences of a fixed length, and the padding of shorter prompts."""
 
+import math
 import warnings
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TextPadding = Literal["zero", "mask", "replicate", "noisy_replicate"]
+
+TOKENIZING = Lock()  # a tokenizer stores truncation and padding as state, and pipelines share tokenizers
 
 
 @dataclass(frozen=True)
 class TextTokens:
-    """A batch of encoded prompts as the text encoder gives them, before padding is decided.
+    """A batch of encoded prompts as the text encoder returns them, before `pad_tokens`; missing outputs are None.
 
     Args:
         hidden_states: (batch, tokens, text_dim).
         attention_mask: (batch, tokens) bool, True at the prompt's own tokens.
-        pooled: (batch, pooled_dim), one vector a prompt.
+        pooled: (batch, pooled_dim), one vector per prompt.
     """
 
-    hidden_states: torch.Tensor
-    attention_mask: torch.Tensor
-    pooled: torch.Tensor
+    hidden_states: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    pooled: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.pooled if self.hidden_states is None else self.hidden_states)
 
     def _map(self, function) -> "TextTokens":
-        return TextTokens(*(function(value) for value in (self.hidden_states, self.attention_mask, self.pooled)))
+        values = (self.hidden_states, self.attention_mask, self.pooled)
+        return TextTokens(*(None if value is None else function(value) for value in values))
 
     def rows(self, index: torch.Tensor) -> "TextTokens":
-        """The prompts at these places, (any number,) int."""
+        """The prompts at these indices, (any number,) int."""
         return self._map(lambda value: value[index.to(value.device)])
 
+    def null(self) -> "TextTokens":
+        """The null prompt in the same shape: NaN, with a mask that is all True."""
+        return self._map(lambda value: torch.full_like(value, True if value.dtype == torch.bool else torch.nan))
+
+    def is_null(self) -> bool:
+        """Whether every row is the null prompt."""
+        embeds = [value for value in (self.hidden_states, self.pooled) if value is not None]
+        return all(bool(value.isnan().all()) for value in embeds)
+
     def to(self, device: torch.device | str) -> "TextTokens":
-        """The tokens on a device."""
+        """Move the tokens to a device."""
         return self._map(lambda value: value.to(device))
 
     @classmethod
     def concatenate(cls, parts: "list[TextTokens]") -> "TextTokens":
-        """One batch out of several, in order."""
+        """Concatenate several batches, in order."""
         return cls(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def text_positions(config: PretrainedConfig) -> float:
+    """The number of positions of a text encoder, from its config; infinity if it has no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return math.inf if positions is None else positions
 
 
 def encode_prompts(
@@ -49,26 +72,27 @@ def encode_prompts(
     max_length: int,
     device: torch.device | str | None = None,
 ) -> TextTokens:
-    """Encode prompts with any Hugging Face text encoder (CLIP, T5, BERT and their like).
+    """Encode prompts with any Hugging Face text encoder (CLIP, T5, BERT and similar).
 
-    Gradients reach an encoder in training mode; one in evaluation mode keeps none.
+    Gradients are computed only if the encoder is in training mode.
 
     Args:
-        prompts: the texts; what exceeds `max_length` tokens is cut, with a warning.
-        tokenizer: the encoder's tokenizer.
-        text_encoder: a model whose output has `last_hidden_state`.
-        max_length: L, tokens a prompt.
-        device: where the encoder computes, if that is not where its weights lie (offloading).
+        prompts: Prompts; those longer than `max_length` tokens are truncated, with a warning.
+        tokenizer: Tokenizer of the text encoder.
+        text_encoder: Model whose output has `last_hidden_state`.
+        max_length: L, tokens per prompt.
+        device: Device of the computation, if it differs from the device of the weights (offloading).
 
     Returns:
-        Tokens of shape (len(prompts), `max_length`, text_dim), each distinct prompt encoded once. The pooled vector is
-        the encoder's own (`text_embeds` or `pooler_output`) or, where it has none, the mean over the prompt's tokens.
+        Tokens of shape (len(prompts), `max_length`, text_dim); equal prompts are encoded once. The pooled vector is
+        the encoder's own (`text_embeds` or `pooler_output`) or, if it has none, the mean over the prompt's tokens.
     """
     prompts, index = unique_prompts(prompts)
-    longest = max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"])
-    if longest > max_length:  # said once a length, for captions by the million are cut alike
+    with TOKENIZING:
+        longest = max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"])
+        inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    if longest > max_length:  # no prompt in the message, so that the warning appears once per length
         warnings.warn(f"prompts of more than {max_length} tokens are cut to {max_length}", stacklevel=2)
-    inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     inputs = inputs.to(device or text_encoder.device)
     mask = inputs.attention_mask.bool()
     with torch.set_grad_enabled(torch.is_grad_enabled() and text_encoder.training):
@@ -84,7 +108,7 @@ def encode_prompts(
 
 
 def unique_prompts(prompts: list[str]) -> tuple[list[str], torch.Tensor]:
-    """Each prompt once, and for every given prompt its place among those, (len(prompts),) int."""
+    """The distinct prompts, and for every given prompt its index among them, (len(prompts),) int."""
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     return list(places), torch.tensor([places[prompt] for prompt in prompts])
 
@@ -94,29 +118,31 @@ def pad_tokens(
     padding: TextPadding,
     noise_scale: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Decide what stands behind the last token of a prompt that is shorter than the sequence.
+    """Fill the positions after the last token of prompts that are shorter than the sequence.
 
     `zero`: zero vectors that attention reads. `mask`: zero vectors that attention does not read. `replicate`: the
-    prompt's tokens again, cyclically. `noisy_replicate`: the same, the copies perturbed by Gaussian noise of standard
-    deviation `noise_scale` · sqrt(m − 1) · σ_channel, where the prompt is repeated m times to fill the sequence and
-    σ_channel is the deviation of each channel over the prompt's tokens. A prompt without a token of its own counts
-    its first position as one.
+    prompt's tokens again, cyclically. `noisy_replicate`: the same, with Gaussian noise added to the copies. Its
+    standard deviation is `noise_scale` · sqrt(m − 1) · σ_channel, where the prompt is repeated m times to fill the
+    sequence and σ_channel is the deviation of each channel over the prompt's tokens. If a prompt has no token of its
+    own, its first position counts as one.
 
     Args:
-        tokens: the encoded prompts.
-        padding: one of the four modes.
+        tokens: Encoded prompts.
+        padding: One of the four modes.
         noise_scale: β_txt, for `noisy_replicate`.
-        generator: source of the noise, one for all or one a sample.
+        generator: Generator of the noise, one for all samples or one per sample.
+        noise: (batch, tokens, text_dim) standard normal numbers, used in place of the generator.
 
     Returns:
         The padded tokens (batch, tokens, text_dim), the prompt's own first and unchanged, and the (batch, tokens)
-        bool mask that attention needs, or None where every token counts.
+        bool mask for attention, or None to attend to every token.
 
     Raises:
-        ValueError: for an unknown mode or a negative `noise_scale`.
+        ValueError: If the mode is unknown, or `noise_scale` is negative.
 
-    Source: Berrada et al., 2024.
+    Source: Berrada et al., 2024; the amount of noise is our reading.
     """
     if padding not in get_args(TextPadding):
         raise ValueError(f"`padding` is {padding!r}; it must be one of {', '.join(get_args(TextPadding))}.")
@@ -125,10 +151,10 @@ def pad_tokens(
     hidden_states, attention_mask = tokens.hidden_states, tokens.attention_mask
     length = hidden_states.shape[1]
     position = torch.arange(length, device=hidden_states.device)
-    own_first = torch.argsort((~attention_mask).int(), dim=1, stable=True)  # encoders that pad on the left
+    own_first = torch.argsort((~attention_mask).int(), dim=1, stable=True)  # for encoders that pad on the left
     hidden_states = hidden_states.gather(1, own_first[..., None].expand_as(hidden_states))
-    count = attention_mask.sum(1).clamp(min=1)[:, None]  # (batch, 1), n own tokens
-    is_own = position < count  # (batch, tokens)
+    is_own = own_positions(attention_mask)
+    count = is_own.sum(1, keepdim=True)  # (batch, 1), n own tokens
 
     if padding in ("zero", "mask"):
         padded = hidden_states.masked_fill(~is_own[..., None], 0)
@@ -139,9 +165,16 @@ def pad_tokens(
     if padding == "noisy_replicate":
         repeats = torch.ceil(length / count)  # (batch, 1), m
         deviation = noise_scale * (repeats - 1).sqrt()[..., None] * _channel_deviation(hidden_states.detach(), is_own)
-        noise = randn_tensor(hidden_states.shape, generator=generator, device=hidden_states.device)
+        if noise is None:
+            noise = randn_tensor(hidden_states.shape, generator=generator, device=hidden_states.device)
         padded = torch.where(is_own[..., None], padded, padded + (deviation * noise).to(padded.dtype))
     return padded, None
+
+
+def own_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mask of a prompt's own tokens when they come first: (batch, tokens) bool, at least one per prompt."""
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return position < attention_mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _channel_deviation(hidden_states: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:

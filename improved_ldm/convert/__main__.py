@@ -3,18 +3,19 @@
 Usage: python -m improved_ldm.convert SOURCE IN OUT [--config FILE] [--conditioning disentangled]
 """
 
-import argparse
 import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from improved_ldm.convert.files import read_checkpoint
 from improved_ldm.convert.sources import DIFFUSERS, SOURCES, from_published
+from improved_ldm.exits import ArgumentParser, exit_on_error
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m improved_ldm.convert",
         description="Turn a published checkpoint into a folder that from_pretrained loads.",
         epilog=f"The classes of diffusers are {', '.join(DIFFUSERS)}.",
@@ -29,26 +30,35 @@ def main(argv: list[str]):
     parser.add_argument(
         "--config",
         type=Path,
-        help="JSON with the source's own constructor arguments; default: config.json beside the weights, and where "
-        "there is none the source's defaults, which are those of the published XL/2 at 256 pixels",
+        help="JSON with the source's own constructor arguments; default: config.json next to the weights or, without "
+        "one, the source's defaults, which are those of the published XL/2 at 256 pixels",
     )
     parser.add_argument("--conditioning", choices=["published", "disentangled"], default="published")
     arguments = parser.parse_args(argv)
     if arguments.folder.exists():
-        parser.error(f"{str(arguments.folder)!r} exists already.")
+        raise FileExistsError(f"OUT is {str(arguments.folder)!r}, which exists already; it must be a new folder.")
     logging.basicConfig(format="%(message)s")
-    try:
-        state_dict, config = read_checkpoint(arguments.checkpoint)
-        if arguments.config is not None:
-            config = json.loads(arguments.config.read_text())
-        denoiser = from_published(arguments.source, state_dict, config, arguments.conditioning)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    state_dict, config = read_checkpoint(arguments.checkpoint)
+    if arguments.config is not None:
+        config = _read_config(arguments.config)
+    denoiser = from_published(arguments.source, state_dict, config, arguments.conditioning)
     denoiser.save_pretrained(arguments.folder)
     print(
         f"{type(denoiser).__name__}, {denoiser.summary}, {denoiser.num_parameters():,} parameters: {arguments.folder}"
     )
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """The constructor arguments in a file; raise a ValueError that names the file if it has none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--config {file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {file} holds a {type(config).__name__}; it must hold names and their values.")
+    return config
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_error("not converted"):
+        main(sys.argv[1:])

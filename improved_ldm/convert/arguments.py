@@ -7,16 +7,16 @@ from typing import Any
 def read_arguments(
     config: dict[str, Any], defaults: dict[str, Any], fixed: dict[str, Any], ignored: tuple[str, ...] = ()
 ) -> SimpleNamespace:
-    """The arguments that matter, defaults filled in.
+    """The arguments that are converted, with defaults filled in.
 
     Args:
-        config: the source's own constructor arguments.
-        defaults: arguments that are carried over, with the source's defaults.
-        fixed: arguments that the family has in one value only.
-        ignored: arguments that change neither the weights nor the prediction.
+        config: The source's own constructor arguments.
+        defaults: Arguments that are converted, with the source's defaults.
+        fixed: Arguments for which the family supports one value only.
+        ignored: Arguments that change neither the weights nor the prediction.
 
     Raises:
-        ValueError: for an argument that is unknown, fixed at another value, or of another type than its default.
+        ValueError: If an argument is unknown, differs from its fixed value, or has another type than its default.
     """
     for name, value in config.items():
         if name in fixed and value != fixed[name] and not (value is None and not fixed[name]):

@@ -1,4 +1,4 @@
-"""The models as diffusers has them; the class is read from the configuration."""
+"""The models as implemented in diffusers; the class is read from the configuration."""
 
 import inspect
 from typing import Any
@@ -23,7 +23,7 @@ BLOCK_FIXED = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
     "norm_elementwise_affine": False,
-    # of `Transformer2DModel`, which these classes were once a part of
+    # arguments of `Transformer2DModel`, which once contained these classes
     "num_vector_embeds": None,
     "only_cross_attention": False,
     "use_linear_projection": False,
@@ -52,14 +52,16 @@ def dit_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
     )
     return _sizes(arguments) | {
         "num_classes": arguments.num_embeds_ada_norm,
-        "norm_eps": arguments.norm_eps,
-        "downscale_freq_shift": 1.0,
-        "trunk_per_block": not _embedders_are_equal(state_dict, arguments.num_layers),
+        "published": {
+            "norm_eps": arguments.norm_eps,
+            "downscale_freq_shift": 1.0,
+            "trunk_per_block": not _embedders_are_equal(state_dict, arguments.num_layers),
+        },
     }
 
 
 def dit_rules(denoiser: Denoiser) -> list[Rule]:
-    """The tensors of `DiTTransformer2DModel`, which has the embedders of timestep and class once a block."""
+    """The tensors of `DiTTransformer2DModel`, which has embedders of timestep and class in each block."""
     config = denoiser.config
 
     def trunk(i: int, ours: str) -> list[Rule]:
@@ -74,7 +76,7 @@ def dit_rules(denoiser: Denoiser) -> list[Rule]:
         *layer("proj_out_1", "output_layer.modulation.linear"),
         *layer("proj_out_2", "output_layer.linear"),
     ]
-    if config.trunk_per_block:
+    if denoiser.published.trunk_per_block:
         names = ["trunk", *(f"later_trunks.{i}" for i in range(config.num_layers - 1))]
         rules += [rule for i, name in enumerate(names) for rule in trunk(i, name)]
     else:
@@ -97,7 +99,7 @@ def pixart_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, An
     )
     sizes = _sizes(arguments)
     if arguments.caption_channels is None:
-        raise ValueError("`caption_channels` is None in the source's configuration; only a projected text converts.")
+        raise ValueError("`caption_channels` is None in the source's configuration; it must be a number.")
     if arguments.cross_attention_dim != sizes["hidden_size"]:
         raise ValueError(
             f"`cross_attention_dim` is {arguments.cross_attention_dim} in the source's configuration; "
@@ -111,7 +113,7 @@ def pixart_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, An
         "position_extent": arguments.sample_size
         // arguments.patch_size
         / (max(arguments.sample_size // 64, 1) if scale is None else scale),
-        "size_conditions": arguments.sample_size == 128 if has_sizes is None else has_sizes,
+        "published": {"size_conditions": arguments.sample_size == 128 if has_sizes is None else has_sizes},
     }
 
 
@@ -126,7 +128,7 @@ def pixart_rules(denoiser: Denoiser) -> list[Rule]:
         same("scale_shift_table", "output_layer.modulation.table"),
         *layer("proj_out", "output_layer.linear"),
     ]
-    if denoiser.config.size_conditions:
+    if denoiser.published.size_conditions:
         rules += mlp(f"{embedders}.resolution_embedder", "trunk.added_embedding.resolution", LINEARS)
         rules += mlp(f"{embedders}.aspect_ratio_embedder", "trunk.added_embedding.aspect_ratio", LINEARS)
     for i in range(denoiser.config.num_layers):
@@ -150,8 +152,8 @@ def sd3_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
         "qk_norm": arguments.qk_norm is not None,
         "text_dim": arguments.joint_attention_dim,
         "pooled_dim": arguments.pooled_projection_dim,
-        "position_table_size": arguments.pos_embed_max_size,
         "dual_attention_layers": tuple(arguments.dual_attention_layers),
+        "published": {"position_table_size": arguments.pos_embed_max_size},
     }
 
 
@@ -219,7 +221,7 @@ def unet_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]
         "norm_num_groups": arguments.norm_num_groups,
         "text_dim": arguments.cross_attention_dim,
         "pooled_dim": pooled_dim,
-        "size_features": size_features,
+        "published": {"size_features": size_features},
     }
 
 
@@ -245,7 +247,7 @@ def _sizes(arguments) -> dict[str, Any]:
 
 
 def _embedders_are_equal(state_dict: StateDict, num_layers: int) -> bool:
-    """Whether all blocks of a DiT embed timestep and class alike, as in the published weights."""
+    """Whether the embedders of timestep and class are equal in all blocks of a DiT, as in the published weights."""
     first = "transformer_blocks.0.norm1.emb."
     names = [name for name in state_dict if name.startswith(first)]
     return all(
@@ -261,7 +263,7 @@ def _each_level(value: int | list[int] | tuple[int, ...], levels: int) -> tuple[
 
 
 def _kept(denoiser: Denoiser, *modules: str) -> list[Rule]:
-    """Modules whose tensors have the same names here and there."""
+    """Modules whose tensors have the same names in both models."""
     return [
         same(f"{module}.{name}", f"{module}.{name}")
         for module in modules

@@ -11,23 +11,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from improved_ldm.convert.mapping import StateDict
-from improved_ldm.loading import PICKLE_SUFFIXES, is_pickle
 
-WRAPPERS = ("ema", "state_dict_ema", "state_dict", "model")  # what training scripts put weights under, best first
-MODEL_PREFIX = "model.diffusion_model."  # of the denoiser in a file that holds the autoencoder and more
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # files of torch, from which only tensors are read
+WRAPPERS = ("ema", "state_dict_ema", "state_dict", "model")  # keys of the weights in training scripts, best first
+MODEL_PREFIX = "model.diffusion_model."  # prefix of the denoiser in files that also have the autoencoder
 
 
 def read_checkpoint(place: Path) -> tuple[StateDict, dict[str, Any]]:
-    """The weights of a checkpoint, and its configuration where a `config.json` lies beside them.
+    """The weights of a checkpoint, and its configuration if a `config.json` is next to them.
 
     Args:
-        place: a `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file, or a folder with one, or several, of a kind.
+        place: A `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.bin` file, or a folder with one such file or the shards of
+            one.
 
     Returns:
-        The state dict on the CPU, and the configuration or an empty one.
+        The state dict on the CPU, and the configuration or an empty dict.
 
     Raises:
-        ValueError: for a place without weights, or a file that holds more than weights.
+        ValueError: If there are no weights, or a file has more than weights.
     """
     folder = place if place.is_dir() else place.parent
     files = _weight_files(place)
@@ -39,23 +40,23 @@ def read_checkpoint(place: Path) -> tuple[StateDict, dict[str, Any]]:
             if name.startswith(MODEL_PREFIX)
         }
     config = folder / "config.json"
-    return state_dict, json.loads(config.read_text()) if config.is_file() else {}
+    return state_dict, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
 def _weight_files(place: Path) -> list[Path]:
     """The one file of weights, or the shards that a folder's index names."""
     if place.is_file():
         return [place]
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    suffixes = (".safetensors", *CHECKPOINTS)
     files = [file for suffix in suffixes for file in place.glob(f"diffusion_pytorch_model{suffix}")]
     if files:
-        return files[:1]  # safetensors where there are both
+        return files[:1]  # safetensors if there are both
     if indices := sorted(place.glob("diffusion_pytorch_model.*.index.json"), reverse=True):
-        shards = json.loads(indices[0].read_text())["weight_map"].values()
+        shards = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()
         return [place / shard for shard in sorted(set(shards))]
     files = sorted(file for file in place.glob("*") if file.suffix.lower() in suffixes)
     if len(files) != 1:
-        raise ValueError(f"{str(place)!r} holds {len(files)} files of weights ({', '.join(suffixes)}); give the file.")
+        raise ValueError(f"{str(place)!r} has {len(files)} files of weights ({', '.join(suffixes)}); name the file.")
     return files
 
 
@@ -65,10 +66,10 @@ def _read_file(file: Path) -> StateDict:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} cannot be read: {error}.") from error
-    if not is_pickle(file):
-        raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(PICKLE_SUFFIXES)}.")
+    if file.suffix.lower() not in CHECKPOINTS:
+        raise ValueError(f"{str(file)!r} must end in .safetensors, {', '.join(CHECKPOINTS)}.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints have their arguments in
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints contain their arguments
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{str(file)!r} holds more than weights, which may be harmful; it is not read.") from error

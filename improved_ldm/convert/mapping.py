@@ -1,4 +1,4 @@
-"""Rules that say which published tensors and which of ours hold the same numbers; each is read in both directions."""
+"""Rules that map published tensors to ours with the same numbers; each rule works in both directions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Rule:
     """Published tensors and ours that hold the same numbers.
 
     Args:
-        published: names in the published model.
-        ours: names in the denoiser.
-        to_ours: tensors of `published` → tensors of `ours`.
-        to_published: the inverse.
+        published: Names in the published model.
+        ours: Names in the denoiser.
+        to_ours: Function from the tensors of `published` to the tensors of `ours`.
+        to_published: Inverse function.
     """
 
     published: tuple[str, ...]
@@ -45,7 +45,7 @@ def mlp(published: str, ours: str, names: tuple[str, str] = ("0", "2")) -> list[
 
 
 def fused(published: str, ours: list[str]) -> list[Rule]:
-    """A linear layer whose output is that of several of ours, one after the other."""
+    """A linear layer whose output is the concatenated output of several of our layers."""
 
     def rule(part: str) -> Rule:
         return Rule(
@@ -59,7 +59,7 @@ def fused(published: str, ours: list[str]) -> list[Rule]:
 
 
 def swapped(published: str, ours: str) -> list[Rule]:
-    """A linear layer whose output gives scale and shift, where ours gives shift and scale."""
+    """A linear layer that outputs scale and shift, while ours outputs shift and scale."""
 
     def swap(tensors: Tensors) -> Tensors:
         return [torch.cat(tensors[0].chunk(2)[::-1])]
@@ -80,7 +80,7 @@ def unsqueezed(published: str, ours: str, dims: int = 1) -> Rule:
 def class_table(published: str, ours: str, num_classes: int) -> Rule:
     """Embeddings of the classes and the null class.
 
-    A model that was published without a null class gets zeros for it; zeros are not published.
+    If a published model has no null class, ours gets zeros for it, which are left out when it is converted back.
     """
 
     def with_null(tensors: Tensors) -> Tensors:
@@ -95,7 +95,7 @@ def class_table(published: str, ours: str, num_classes: int) -> Rule:
 
 
 def copies(rules: list[list[Rule]]) -> list[Rule]:
-    """Lists of rules of one tensor each, alike but for their published names, whose tensors are equal copies."""
+    """Lists of rules for single tensors that differ only in published names, whose tensors are equal copies."""
 
     def rule(alike: tuple[Rule, ...]) -> Rule:
         published = tuple(name for rule in alike for name in rule.published)
@@ -108,12 +108,12 @@ def derived(published: str, value: torch.Tensor) -> Rule:
     """A published tensor that follows from the configuration.
 
     Raises:
-        ValueError: on import, where it differs.
+        ValueError: If the tensor differs when weights are converted to ours.
     """
 
     def check(tensors: Tensors) -> Tensors:
         if not torch.equal(tensors[0], value):
-            raise ValueError(f"{published!r} is not what follows from the configuration.")
+            raise ValueError(f"{published!r} does not have the value that follows from the configuration.")
         return []
 
     return Rule((published,), (), check, lambda _: [value])
@@ -123,7 +123,7 @@ def to_ours(rules: list[Rule], state_dict: StateDict) -> StateDict:
     """The denoiser's tensors, copies of the published ones.
 
     Raises:
-        ValueError: that lists the published names that are missing and those that are left over.
+        ValueError: If published names are missing or left over; the message lists them.
     """
     expected = {name for rule in rules for name in rule.published}
     missing, left_over = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
@@ -149,7 +149,7 @@ def to_published(rules: list[Rule], state_dict: StateDict) -> StateDict:
 
 
 def check_shapes(rules: list[Rule], ours: StateDict, expected: StateDict):
-    """Raise a ValueError that lists, by published names, tensors whose shapes the configuration does not give."""
+    """Raise a ValueError that lists, by published names, tensors whose shapes do not fit the configuration."""
     wrong = [
         f"{', '.join(rule.published)} gives {tuple(ours[name].shape)} for {tuple(expected[name].shape)}"
         for rule in rules

@@ -46,7 +46,7 @@ def dit_rules(denoiser: Denoiser) -> list[Rule]:
 
 
 def mdt_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
-    """Arguments of sail-sg/MDT's `MDTv2` as ours; one that was made without a mask ratio gets the published 0.3."""
+    """Arguments of sail-sg/MDT's `MDTv2` as ours; without a mask ratio, the published 0.3 is used."""
     arguments = read_arguments(
         config,
         DIT_ARGUMENTS | {"num_classes": 1000, "learn_sigma": True, "mask_ratio": None, "decode_layer": 4},
@@ -93,7 +93,7 @@ def mdt_rules(denoiser: Denoiser) -> list[Rule]:
 
 
 def pixart_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
-    """Arguments of PixArt-alpha's `PixArt` or `PixArtMS` as ours; the weights tell which of the two it is."""
+    """Arguments of PixArt-alpha's `PixArt` or `PixArtMS` as ours; the weights show which of the two it is."""
     arguments = read_arguments(
         config,
         DIT_ARGUMENTS | {"pred_sigma": True, "caption_channels": 4096, "lewei_scale": 1.0, "model_max_length": 120},
@@ -102,9 +102,11 @@ def pixart_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, An
     )
     return _sizes(arguments, arguments.pred_sigma) | {
         "text_dim": arguments.caption_channels,
-        "num_null_tokens": arguments.model_max_length,
         "position_extent": arguments.input_size // arguments.patch_size / arguments.lewei_scale,
-        "size_conditions": any(name.startswith("csize_embedder.") for name in state_dict),
+        "published": {
+            "num_null_tokens": arguments.model_max_length,
+            "size_conditions": any(name.startswith("csize_embedder.") for name in state_dict),
+        },
     }
 
 
@@ -118,7 +120,7 @@ def pixart_rules(denoiser: Denoiser) -> list[Rule]:
         *layer("t_block.1", "modulation.linear"),
         same("final_layer.scale_shift_table", "output_layer.modulation.table"),
     ]
-    if denoiser.config.size_conditions:
+    if denoiser.published.size_conditions:
         rules += mlp("csize_embedder.mlp", "trunk.added_embedding.resolution")
         rules += mlp("ar_embedder.mlp", "trunk.added_embedding.aspect_ratio")
     for i in range(denoiser.config.num_layers):
@@ -133,7 +135,7 @@ def pixart_rules(denoiser: Denoiser) -> list[Rule]:
 
 
 def sd3_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
-    """Arguments of Stability-AI's `MMDiTX` as ours. Like its own code it reads the sizes off the weights."""
+    """Arguments of Stability-AI's `MMDiTX` as ours; as in the original code, sizes are inferred from the weights."""
     read_arguments(
         config,
         {},
@@ -179,10 +181,10 @@ def sd3_config(config: dict[str, Any], state_dict: StateDict) -> dict[str, Any]:
         "qk_norm": head_norm is not None,
         "text_dim": state_dict["context_embedder.weight"].shape[1],
         "pooled_dim": None if pooled is None else pooled.shape[1],
-        "position_table_size": math.isqrt(len(table)),
         "dual_attention_layers": sorted(
             int(name.split(".")[1]) for name in state_dict if name.endswith(".x_block.attn2.proj.weight")
         ),
+        "published": {"position_table_size": math.isqrt(len(table))},
     }
 
 
@@ -233,7 +235,7 @@ def _sizes(arguments, learns_variance: bool) -> dict[str, Any]:
 
 
 def _trained_side(table: torch.Tensor) -> int:
-    """Patches a side at training: the coordinates that a table of positions spans, or its side if it is no sin-cos."""
+    """Patches per side at training: the extent of a sin-cos table of positions, or the side of any other table."""
     side = math.isqrt(len(table))
     step = torch.asin(table[1, 0].double().clamp(-1, 1)).item()  # the first channel is the sine of the column
     trained = round(side * step)

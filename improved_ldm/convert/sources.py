@@ -1,7 +1,7 @@
 """The sources of published weights, and the conversion from and to each."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from improved_ldm.convert.mapping import to_published as publish
 from improved_ldm.convert.warm_start import disentangle
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.dit import DiTDenoiser
-from improved_ldm.models.layers import NORM_EPS
 from improved_ldm.models.mdt import MDTDenoiser
 from improved_ldm.models.mmdit import MMDiTDenoiser
 from improved_ldm.models.pixart import PixArtDenoiser
+from improved_ldm.models.published import PublishedDiT
 from improved_ldm.models.trunk import ConditioningMode
 from improved_ldm.models.unet import UNetDenoiser
 
@@ -25,11 +25,11 @@ class Source:
     """A published implementation.
 
     Args:
-        denoiser: the class of the family.
-        config: its constructor arguments and state dict → the denoiser's constructor arguments.
-        rules: a denoiser → which tensors hold the same numbers.
-        condition: which of `num_classes` and `text_dim` the implementation needs.
-        required: values of the denoiser's config without which the implementation cannot express it.
+        denoiser: Class of the family.
+        config: Function from its constructor arguments and state dict to the denoiser's constructor arguments.
+        rules: Function from a denoiser to the rules that map its tensors.
+        condition: Which of `num_classes` and `text_dim` the implementation needs.
+        required: Values that the denoiser's config or published form must have for the implementation to express it.
     """
 
     denoiser: type[Denoiser]
@@ -39,11 +39,14 @@ class Source:
     required: Mapping[str, Any] = field(default_factory=dict)
 
 
-PLAIN_DIT = {"norm_eps": NORM_EPS, "downscale_freq_shift": 0.0, "trunk_per_block": False, "qk_norm": False}
 SD3 = Source(MMDiTDenoiser, official.sd3_config, official.sd3_rules, "text_dim")
 SOURCES = {
     "facebookresearch/DiT": Source(
-        DiTDenoiser, official.dit_config, official.dit_rules, "num_classes", {**PLAIN_DIT, "pooled_dim": None}
+        DiTDenoiser,
+        official.dit_config,
+        official.dit_rules,
+        "num_classes",
+        {**asdict(PublishedDiT()), "qk_norm": False, "pooled_dim": None},
     ),
     "sail-sg/MDT": Source(
         MDTDenoiser, official.mdt_config, official.mdt_rules, "num_classes", {"qk_norm": False, "pooled_dim": None}
@@ -90,22 +93,21 @@ def from_published(
 ) -> Denoiser:
     """A denoiser with published weights.
 
-    In the published mode it predicts what the published model predicts. In the disentangled mode every weight that has
-    a place is carried over and what is new starts at zero, as `disentangle` says; what is new and what is dropped is
-    logged.
+    In the published mode its predictions are those of the published model. In the disentangled mode all weights that
+    it can use are kept and new weights start at zero, see `disentangle`; new and dropped weights are logged.
 
     Args:
-        source: a key of `SOURCES`, or `diffusers`.
-        state_dict: the published weights; they are copied.
-        config: the source's own constructor arguments, its defaults where they are left out; for `diffusers` with
-            `_class_name`.
+        source: A key of `SOURCES`, or `diffusers`.
+        state_dict: Published weights; they are copied.
+        config: The source's own constructor arguments; missing ones take the source's defaults. For `diffusers` it
+            must have `_class_name`.
         conditioning: `published` or `disentangled`.
 
     Returns:
         The denoiser, in evaluation mode and in the dtype of the weights.
 
     Raises:
-        ValueError: for an unknown source, an argument that does not convert, or keys that are missing or left over.
+        ValueError: If the source is unknown, an argument cannot be converted, or keys are missing or left over.
     """
     if conditioning not in ("published", "disentangled"):
         raise ValueError(f"`conditioning` is {conditioning!r}; it must be 'published' or 'disentangled'.")
@@ -124,14 +126,14 @@ def from_published(
 def to_published(source: str, denoiser: Denoiser) -> StateDict:
     """The state dict that a published implementation loads.
 
-    What the implementation has no place for, a learned null text, is left out.
+    A learned null text, which no implementation has, is left out.
 
     Args:
-        source: a key of `SOURCES`, or `diffusers`.
-        denoiser: in the published mode.
+        source: A key of `SOURCES`, or `diffusers`.
+        denoiser: Denoiser in the published mode.
 
     Raises:
-        ValueError: for a denoiser that the source cannot express.
+        ValueError: If the source cannot express the denoiser.
     """
     class_name = None
     if source == "diffusers":
@@ -141,9 +143,10 @@ def to_published(source: str, denoiser: Denoiser) -> StateDict:
         raise ValueError(
             f"`denoiser` is a {type(denoiser).__name__}; {source} has the weights of a {entry.denoiser.__name__}."
         )
+    values = {**denoiser.config, **asdict(denoiser.published)}
     for name, value in {"conditioning": "published", **entry.required}.items():
-        if denoiser.config[name] != value:
-            raise ValueError(f"`{name}` of the denoiser is {denoiser.config[name]!r}; {source} has {value!r} only.")
+        if values[name] != value:
+            raise ValueError(f"`{name}` of the denoiser is {values[name]!r}; {source} has {value!r} only.")
     if denoiser.config[entry.condition] is None:
         raise ValueError(f"`{entry.condition}` of the denoiser is None; {source} needs it.")
     with torch.no_grad():
@@ -151,7 +154,7 @@ def to_published(source: str, denoiser: Denoiser) -> StateDict:
 
 
 def _class_name(config: dict[str, Any]) -> str | None:
-    """The class of a diffusers configuration; the published ones of DiT and PixArt-α name the class of that time."""
+    """The class of a diffusers configuration; the published ones of DiT and PixArt-α name an older class."""
     name = config.get("_class_name")
     if name == "Transformer2DModel":
         norms = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

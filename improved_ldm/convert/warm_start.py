@@ -1,4 +1,4 @@
-"""From a published denoiser to a disentangled one that starts where it ended."""
+"""A disentangled denoiser that starts from the weights of a published one."""
 
 import logging
 
@@ -6,7 +6,7 @@ import torch
 
 from improved_ldm.models.changes import Changes
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.trunk import ConditioningTrunk
+from improved_ldm.models.published import PublishedTrunk
 
 logger = logging.getLogger(__name__)
 
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 def disentangle(published: Denoiser) -> tuple[Denoiser, Changes]:
     """A disentangled denoiser with the weights of a published one.
 
-    What a published embedding adds for the null condition goes into the bias of the timestep's embedding, class
-    embeddings go on as class tokens, and what is new contributes nothing yet. So the first prediction is, whatever the
-    control, that of the published model for the same text tokens; and for the null class, null pooled text and null
-    sizes, since these reach the disentangled embedding no more.
+    The vector that a published embedding adds for the null condition is added to the bias of the timestep's embedding,
+    class embeddings become class tokens, and new weights contribute nothing yet. So at first, regardless of the
+    control, the prediction is that of the published model for the same text tokens, the null class, null pooled text
+    and null sizes, because the last three no longer enter the embedding.
 
     Args:
-        published: in the published mode; it stays as it is.
+        published: Denoiser in the published mode; it is not changed.
 
     Returns:
-        The denoiser, and what became of the weights.
+        The denoiser, and a report of what happened to the weights.
 
     Raises:
-        ValueError: for a denoiser in the disentangled mode, or one that reads neither classes nor text tokens.
+        ValueError: If the denoiser is in the disentangled mode, or reads neither classes nor text tokens.
 
     Source: our choice.
     """
@@ -35,8 +35,9 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, Changes]:
         raise ValueError(f"`conditioning` of the denoiser is {published.config.conditioning!r}, not 'published'.")
     if published.config.num_classes is None and published.config.text_dim is None:
         raise ValueError("the denoiser reads pooled text alone, which has no place in the disentangled mode.")
-    reads_only_published = {"pooled_dim": None, "size_conditions": False}
-    config = {name: value for name, value in reads_only_published.items() if name in published.config}
+    config = {"pooled_dim": None} if "pooled_dim" in published.config else {}
+    if form := published.config.get("published"):
+        config["published"] = {name: value for name, value in form.items() if name != "size_conditions"}
     denoiser = published.remade(conditioning="disentangled", **config)
 
     old, new = published.state_dict(), denoiser.state_dict()
@@ -49,7 +50,7 @@ def disentangle(published: Denoiser) -> tuple[Denoiser, Changes]:
             carried[as_tokens] = old[name]
     denoiser.load_state_dict({name: tensor.clone() for name, tensor in carried.items()}, strict=False, assign=True)
     for name, trunk in published.named_modules():
-        if isinstance(trunk, ConditioningTrunk):
+        if isinstance(trunk, PublishedTrunk):
             denoiser.get_submodule(name).time_embedding.linear_2.bias += trunk.null_addition()
 
     now = denoiser.state_dict()

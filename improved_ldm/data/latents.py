@@ -1,9 +1,9 @@
-"""Samples as a denoiser trains on them: latents, text tokens, class and control; encoded on the fly or cached."""
+"""Samples that a denoiser trains on: latents, text tokens, class and control; encoded on the fly or cached."""
 
-import glob
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from improved_ldm.autoencoder import encode_images
 from improved_ldm.conditioning.text import TextTokens, encode_prompts, unique_prompts
+from improved_ldm.data.fingerprint import file_stamp, place_files
+from improved_ldm.manifest import find_damage, has_manifest, write_manifest
+from improved_ldm.output import writing
 from improved_ldm.seeds import derive_seed
 
 ROWS_PER_SHARD = 4096
@@ -24,12 +28,12 @@ CAPTIONS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch ready for the denoiser, up to padding, noise and dropout, which are drawn anew every time.
+    """A batch for the denoiser, before padding, noise and dropout, which change every time it is used.
 
     Args:
         latents: (batch, latent_channels, height, width).
         control: (batch, `NUM_CONTROL`) float32.
-        text: the captions' tokens, for a text-conditional model.
+        text: tokens of the captions, for a text-conditional model.
         class_labels: (batch,) int, for a class-conditional model.
     """
 
@@ -64,9 +68,9 @@ class SampleEncoder:
 
     Args:
         vae: the autoencoder.
-        tokenizer: of the text encoder; None leaves captions out and keeps class labels.
-        text_encoder: or None.
-        max_tokens: L, tokens a prompt.
+        tokenizer: tokenizer of the text encoder; None leaves captions out and keeps class labels.
+        text_encoder: the text encoder, or None.
+        max_tokens: L, tokens per prompt.
     """
 
     vae: ModelMixin
@@ -74,21 +78,16 @@ class SampleEncoder:
     text_encoder: PreTrainedModel | None = None
     max_tokens: int = 77
 
-    def __call__(self, batch: dict[str, Any], seed: int) -> EncodedBatch:
-        """Encode a batch of `collate`.
-
-        Args:
-            batch: pixels, control, and caption or label.
-            seed: of the posterior sample.
-        """
-        latents = self.latents(batch["pixels"], seed)
+    def __call__(self, batch: dict[str, Any]) -> EncodedBatch:
+        """Encode a batch of `collate`."""
+        latents = self.latents(batch["pixels"], batch["seed"])
         if self.text_encoder is None:
             return EncodedBatch(latents, batch["control"], class_labels=batch["label"])
         return EncodedBatch(latents, batch["control"], self.text(batch["caption"]))
 
-    def latents(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-        """(batch, latent_channels, height, width) latents of (batch, 3, height, width) pixels."""
-        return encode_images(self.vae, pixels, torch.Generator(self.vae.device).manual_seed(seed))
+    def latents(self, pixels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """(batch, latent_channels, height, width) latents of (batch, 3, height, width) pixels and (batch,) seeds."""
+        return encode_images(self.vae, pixels, seeds=seeds)
 
     def text(self, captions: list[str]) -> TextTokens:
         """The tokens of captions."""
@@ -96,89 +95,99 @@ class SampleEncoder:
 
 
 class EncodingLoader:
-    """Encodes the batches of a loader as they come; resumable as the loader is.
+    """Encodes the batches of a loader one by one; resumable like the loader.
 
     Args:
-        loader: of `make_loader`.
-        encoder: applied to every batch.
-        seed: of the posterior samples.
+        loader: loader from `make_loader`.
+        encoder: encoder of the batches.
     """
 
-    def __init__(self, loader, encoder: SampleEncoder, seed: int):
-        self.loader, self.encoder, self.seed, self.batches = loader, encoder, seed, 0
+    def __init__(self, loader, encoder: SampleEncoder):
+        self.loader, self.encoder = loader, encoder
 
     def __iter__(self) -> Iterator[EncodedBatch]:
-        for batch in self.loader:
-            self.batches += 1
-            yield self.encoder(batch, derive_seed(self.seed, self.batches))
+        return map(self.encoder, self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's place and the number of batches given out."""
-        return {"batches": self.batches, "loader": self.loader.state_dict()}
+        """The state of the loader."""
+        return {"loader": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Let the next iteration start where `state_dict` was taken."""
-        self.batches = state["batches"]
+        """Start the next iteration where `state_dict` was taken."""
         self.loader.load_state_dict(state["loader"])
 
 
 def cache_name(description: dict[str, Any], places: list[str]) -> str:
-    """A folder name that changes with whatever a cache's content depends on.
+    """A folder name that changes with everything that the content of a cache depends on.
 
     Args:
-        description: the settings that decide the content.
-        places: of images and models; for local ones the names, sizes and times of their files count too.
+        description: settings that the content depends on.
+        places: places of images and models; for local ones the names, sizes and times of their files count too.
     """
-    stamps = [stamp for place in places for stamp in _stamps(place)]
+    stamps = [(str(file), *file_stamp(file)) for place in places for file in place_files(place)]
     text = json.dumps([description, places, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stamps(place: str) -> list[tuple[str, int, int]]:
-    path = Path(place)
-    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(place, recursive=True))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.is_file()]
-
-
-def write_cache(folder: Path, batches: Iterable[dict[str, Any]], encoder: SampleEncoder, seed: int, rank: int = 0):
-    """Encode batches into the shards of one rank; captions that are alike are kept once a shard.
+def write_cache(folder: Path, batches: Iterable[dict[str, Any]], encoder: SampleEncoder, rank: int = 0):
+    """Encode batches into the shards of one rank; equal captions are stored once per shard.
 
     Args:
-        folder: where the shards go; it exists.
-        batches: of `make_loader`, a finite number.
-        encoder: applied to them.
-        seed: of the posterior samples.
-        rank: names the shards.
+        folder: existing folder for the shards.
+        batches: batches from `make_loader`, a finite number.
+        encoder: encoder of the batches.
+        rank: rank of this process, which is part of the shards' names.
+
+    Raises:
+        OutputError: if a shard cannot be written.
     """
     pending, shard = [], 0
-    for number, batch in enumerate(batches):
-        latents = encoder.latents(batch.pop("pixels"), derive_seed(seed, rank, number)).cpu()
+    for batch in batches:
+        latents = encoder.latents(batch.pop("pixels"), batch["seed"]).cpu()
         pending.append({**batch, "latents": latents})
         if sum(len(part["control"]) for part in pending) >= ROWS_PER_SHARD:
-            save_file(_pack(pending, encoder), folder / f"rank{rank:04d}-shard{shard:05d}.safetensors")
+            _write_shard(pending, encoder, folder / f"rank{rank:04d}-shard{shard:05d}.safetensors")
             pending, shard = [], shard + 1
     if pending:
-        save_file(_pack(pending, encoder), folder / f"rank{rank:04d}-shard{shard:05d}.safetensors")
+        _write_shard(pending, encoder, folder / f"rank{rank:04d}-shard{shard:05d}.safetensors")
+
+
+def _write_shard(batches: list[dict[str, Any]], encoder: SampleEncoder, file: Path):
+    tensors = _pack(batches, encoder)
+    with writing(file):
+        save_file(tensors, file)
 
 
 def _pack(batches: list[dict[str, Any]], encoder: SampleEncoder) -> dict[str, torch.Tensor]:
-    latents, control = (torch.cat([batch[name] for batch in batches]).contiguous() for name in ("latents", "control"))
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([batch[name] for batch in batches]).contiguous()
+
+    latents, control, seeds = map(joined, ("latents", "control", "seed"))
     if encoder.text_encoder is None:
-        return EncodedBatch(latents, control, class_labels=torch.cat([batch["label"] for batch in batches])).tensors()
+        return EncodedBatch(latents, control, class_labels=joined("label")).tensors() | {"seed": seeds}
     captions, index = unique_prompts([caption for batch in batches for caption in batch["caption"]])
     parts = [encoder.text(captions[i : i + CAPTIONS_AT_ONCE]) for i in range(0, len(captions), CAPTIONS_AT_ONCE)]
     text = TextTokens.concatenate(parts).to("cpu")
-    return EncodedBatch(latents, control, text).tensors() | {"text_index": index}
+    return EncodedBatch(latents, control, text).tensors() | {"text_index": index, "seed": seeds}
+
+
+def write_skipped_rows(folder: Path, skipped: dict[str, int], rank: int = 0):
+    """Write how many rows of the set were skipped, by reason, next to the shards of one rank."""
+    file = folder / f"rank{rank:04d}-skipped.json"
+    file.write_text(json.dumps(skipped, ensure_ascii=False), encoding="utf-8")
 
 
 class LatentCache:
     """Random access to the rows that `write_cache` wrote; the files are mapped, not read into memory.
 
+    The rows are in the order of their seeds, which does not depend on the processes that wrote them.
+    `skipped_rows` counts the rows of the set that are not in the cache, by reason.
+
     Args:
-        folder: of the shards.
+        folder: folder of the shards.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the folder holds no shards.
     """
 
     def __init__(self, folder: Path):
@@ -187,12 +196,16 @@ class LatentCache:
             raise ValueError(f"the cache {folder} holds no shards.")
         sizes = torch.tensor([len(shard["latents"]) for shard in self.shards])
         self.ends = sizes.cumsum(0)
+        self.order = torch.cat([shard.pop("seed") for shard in self.shards]).argsort()
+        counts = (json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("*-skipped.json"))
+        self.skipped_rows = dict(sum(map(Counter, counts), Counter()))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def rows(self, indices: torch.Tensor) -> EncodedBatch:
-        """The rows of these indices, (batch,) int, in their order."""
+        """The rows at the given indices, (batch,) int, in the same order."""
+        indices = self.order[indices]
         shard_of = torch.searchsorted(self.ends, indices, right=True)
         parts, order = [], []
         for number in shard_of.unique().tolist():
@@ -213,14 +226,14 @@ class LatentCache:
 
 
 class CachedLoader:
-    """Batches from a cache for ever, reshuffled every epoch. The number of batches given out is its whole place.
+    """Endless batches from a cache, reshuffled every epoch. Its position is the number of batches read so far.
 
     Args:
-        cache: the rows.
-        batch_size: rows a batch and rank.
-        seed: of the order.
-        rank: this process.
-        world_size: number of processes; together they see every row once an epoch.
+        cache: the cache.
+        batch_size: rows per batch and rank.
+        seed: seed of the order.
+        rank: rank of this process.
+        world_size: number of processes; together they see every row once per epoch.
     """
 
     def __init__(self, cache: LatentCache, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -235,7 +248,7 @@ class CachedLoader:
             yield self.cache.rows(self._indices(start))
 
     def _indices(self, start: int) -> torch.Tensor:
-        """Row numbers at the places from `start` on in the endless sequence of shuffled epochs."""
+        """Row numbers of one batch that starts at place `start` in the endless sequence of shuffled epochs."""
         size, indices = len(self.cache), []
         for place in range(start, start + self.batch_size):
             epoch, offset = divmod(place, size)
@@ -245,25 +258,42 @@ class CachedLoader:
             indices.append(self._order[offset])
         return torch.stack(indices)
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches given out, and what it counts."""
-        return {"batches": self.batches, "batch_size": self.batch_size, "world_size": self.world_size}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches read, their size, the number of ranks and, on the first rank, the skipped rows."""
+        state = {"batches": self.batches, "batch_size": self.batch_size, "world_size": self.world_size}
+        return state | {"skipped_rows": self.cache.skipped_rows if self.rank == 0 else {}}
 
-    def load_state_dict(self, state: dict[str, int]):
-        """Let the next iteration start after that many batches.
+    def load_state_dict(self, state: dict[str, Any]):
+        """Start the next iteration where `state_dict` was taken.
 
         Raises:
-            ValueError: if they were batches of another size, or of another number of processes.
+            ValueError: if the state has another batch size or number of processes.
         """
-        for name, value in self.state_dict().items():
-            if name != "batches" and state[name] != value:
-                raise ValueError(f"the run was left with `{name}` {state[name]}; it cannot go on with {value}.")
+        for name in ("batch_size", "world_size"):
+            if state[name] != (value := getattr(self, name)):
+                raise ValueError(f"the run was stopped with `{name}` {state[name]}; it cannot resume with {value}.")
         self.batches = state["batches"]
 
 
 def publish_cache(unfinished: Path, folder: Path):
-    """Give a finished cache its name, so that a folder of that name is always whole; an earlier one stays."""
-    if folder.exists():
-        shutil.rmtree(unfinished)
-    else:
+    """Write the manifest of a finished cache and rename it to `folder`, unless another run already wrote that one."""
+    write_manifest(unfinished)
+    try:
         unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(unfinished)  # another run finished it first
+
+
+def find_cache_damage(folder: Path) -> str | None:
+    """What is wrong with a cache, or None; without a manifest it is only checked that the shards can be read."""
+    if has_manifest(folder):
+        return find_damage(folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        try:
+            load_file(shard)
+        except (OSError, SafetensorError) as error:
+            return f"{shard.name} cannot be read ({error})"
+    return None if shards else "it holds no shards"

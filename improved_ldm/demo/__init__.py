@@ -1,1 +1,1 @@
-"""A page that draws from a pipeline and steers it by hand; `python -m improved_ldm.demo` opens it."""
+"""A web page that samples from a pipeline with interactive control; `python -m improved_ldm.demo` opens it."""

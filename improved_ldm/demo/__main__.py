@@ -1,36 +1,63 @@
 """Open the demo in a browser.
 
-Usage: python -m improved_ldm.demo [FOLDER_OR_ID] [--port PORT] [--share]
+Usage: python -m improved_ldm.demo [FOLDER_OR_ID] [--host HOST] [--port PORT] [--root_path PATH] [--queue N] [--share]
 
-As the `app.py` of a Space on the Hub this file needs no argument.
+It needs no arguments as the `app.py` of a Space on the Hub.
 """
 
 import argparse
+import re
+import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from improved_ldm.demo.bundled import BUNDLED, about_bundled, load_bundled
+from improved_ldm.demo.limits import MAX_WAITING
+from improved_ldm.exits import ArgumentParser, exit_on_error, leave
+from improved_ldm.open_pipeline import open_pipeline
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
-QUICKSTART = "runs/quickstart"  # where the quickstart leaves its pipeline
+QUICKSTART = "runs/quickstart"  # where the quickstart saves its pipeline
 MAX_PORT = 2**16 - 1
+MAX_QUEUE = 1000
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        prog="python -m improved_ldm.demo", description="Draw from a pipeline in a browser and steer it by hand."
+    parser = ArgumentParser(
+        prog="python -m improved_ldm.demo",
+        description="Sample from a pipeline in a browser, with interactive control.",
     )
     parser.add_argument(
         "pipeline",
         metavar="FOLDER_OR_ID",
         nargs="?",
         default=default_pipeline(),
-        help=f"a trained folder or a Hub id, or {BUNDLED}, the tiny pipeline of this package; default: %(default)s",
+        help=f"trained folder or Hub id, or {BUNDLED}, the tiny pipeline of this package; default: %(default)s",
     )
-    parser.add_argument("--port", type=_port, help="default: the first free one from 7860")
-    parser.add_argument("--share", action="store_true", help="also open a public link, through Gradio's server")
+    parser.add_argument("--port", type=_whole_number(MAX_PORT), help="default: the first free port from 7860")
+    parser.add_argument(
+        "--host",
+        type=_host,
+        help="IPv4 address or name of this machine; 0.0.0.0 listens on all its addresses; default: 127.0.0.1",
+    )
+    parser.add_argument(
+        "--root_path",
+        type=_root_path,
+        metavar="PATH",
+        help="where a reverse proxy serves the page: a path such as /improved, or the full URL",
+    )
+    parser.add_argument(
+        "--queue",
+        type=_whole_number(MAX_QUEUE),
+        default=MAX_WAITING,
+        metavar="N",
+        help="maximum number of waiting requests; further ones are refused; default: %(default)s",
+    )
+    parser.add_argument("--share", action="store_true", help="also create a public link through Gradio's server")
     arguments = parser.parse_args(argv)
     try:
         from improved_ldm.demo.page import build_demo
@@ -39,41 +66,67 @@ def main(argv: list[str]):
     try:
         pipeline = load_pipeline(arguments.pipeline)
     except (OSError, ValueError) as error:
-        sys.exit(f"{arguments.pipeline!r} does not load: {error}")
+        leave(f"{arguments.pipeline!r} does not load: {error}")
     about = about_bundled() if arguments.pipeline == BUNDLED else ""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    demo = build_demo(pipeline, arguments.pipeline, about)
+    demo = build_demo(pipeline, arguments.pipeline, about, arguments.queue)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # exit normally, so that the images are removed
     try:
-        demo.launch(server_port=arguments.port, share=arguments.share)
+        demo.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            root_path=arguments.root_path,
+            share=arguments.share,
+        )
     except OSError as error:
         sys.exit(f"port {arguments.port} is in use; choose another with `--port`" if arguments.port else str(error))
 
 
 def default_pipeline() -> str:
-    """What the quickstart left, if it was run here, else what ships with the package."""
+    """The pipeline of the quickstart if it exists in the working directory, or else the bundled one."""
     return QUICKSTART if (Path(QUICKSTART) / "model_index.json").is_file() else BUNDLED
 
 
 def load_pipeline(place: str) -> ImprovedLDMPipeline:
-    """The pipeline of a folder, a Hub id or this package.
+    """Load the pipeline of a folder, a Hub id or this package.
 
     Raises:
-        OSError: where there is no pipeline.
-        ValueError: for a pipeline of another family.
+        OSError: If there is no pipeline.
+        ValueError: If the pipeline belongs to another family.
     """
     if place == BUNDLED:
         return load_bundled()
-    name = ImprovedLDMPipeline.load_config(place).get("_class_name")
-    if name != ImprovedLDMPipeline.__name__:
-        raise ValueError(f"it is a {name}; it must be an {ImprovedLDMPipeline.__name__}.")
-    return ImprovedLDMPipeline.from_pretrained(place)
+    return open_pipeline(place)
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_PORT:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number from 1 to {MAX_PORT}")
-    return int(text)
+def _whole_number(maximum: int) -> Callable[[str], int]:
+    """Make a parser of whole numbers from 1 to `maximum`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number from 1 to {maximum}")
+        return int(text)
+
+    return read
+
+
+def _host(text: str) -> str:
+    try:
+        with socket.socket() as listener:
+            listener.bind((text, 0))  # to any free port
+        if text:
+            return text
+    except (OSError, UnicodeError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an IPv4 address or a name of this machine")
+
+
+def _root_path(text: str) -> str:
+    if not re.fullmatch(r"(https?://[^/\s?#]+)?(/[^/\s?#]+)*/?", text) or text in ("", "/"):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a path such as /improved, or a URL")
+    return text.rstrip("/")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_error("not opened"):
+        main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The tiny pipeline that ships with the package, so that the demo opens where nothing has been trained yet."""
+"""The tiny pipeline that ships with the package, so that the demo works before any training."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,15 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel
 
-from improved_ldm.embedded import resolve
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.places import resolve
 
 BUNDLED = "embedded:demo"
 FOLDER = Path(resolve(BUNDLED))
 
 
 def load_bundled() -> ImprovedLDMPipeline:
-    """The bundled denoiser between the embedded autoencoder and text encoder, in float32."""
+    """Load the bundled denoiser with the embedded autoencoder and text encoder, in float32."""
     clip = resolve("embedded:clip")
     return ImprovedLDMPipeline.from_pretrained(
         FOLDER,
@@ -27,8 +27,8 @@ def load_bundled() -> ImprovedLDMPipeline:
 
 
 def about_bundled() -> str:
-    """What a visitor should know of it, in the numbers that were measured."""
-    metrics = json.loads((FOLDER / "metrics.json").read_text())
+    """A description of the bundled pipeline with its measured numbers."""
+    metrics = json.loads((FOLDER / "metrics.json").read_text(encoding="utf-8"))
     return (
         f"A tiny model: {metrics['parameters'] / 1e6:.1f} M parameters, trained and measured in "
         f"{metrics['seconds'] / 60:.0f} minutes on one CPU core. It knows small grey pictures of T-shirts, "

@@ -1,77 +1,69 @@
-"""What the page asks of a pipeline: one drawing as it comes, and one as asked, from equal noise."""
+"""Sample two images from equal noise: one with the default view and one with the requested view."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
+from improved_ldm.conditioning.control import RECTANGLE, VARIABLES, rectangle_arguments, variables_read
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
+# The requested control as a record of the page: a rectangle of a square image, in pixels of the image, and for every
+# other control input a boolean (for a switch) or the label of one of the shown values. "" stands for the default.
+View = dict[str, Any]
 
-@dataclass(frozen=True)
-class View:
-    """A rectangle of a square image, mirrored or not; numbers are pixels of that image.
+# Control inputs that the rectangle does not set and that have values to choose from.
+CHOICES = tuple(row for row in VARIABLES if row.name not in rectangle_arguments(1, 0, 0, 1, 1) and row.shown(1))
+
+
+def whole_view(side: float, read: frozenset[str]) -> View:
+    """The view of a whole image with a side of `side` pixels and defaults for the other inputs in `read`."""
+    choices = {row.name: False if row.is_switch else "" for row in CHOICES if row.name in read}
+    return dict(zip(RECTANGLE, (side, 0, 0, side, side), strict=True)) | choices
+
+
+def default_view(pipeline: ImprovedLDMPipeline) -> View:
+    """The view that a pipeline shows by default."""
+    return whole_view(pipeline.default_original_side, pipeline.denoiser.control_inputs)
+
+
+def view_arguments(view: View, read: frozenset[str]) -> dict[str, Any]:
+    """The control arguments of the pipeline that request a view, limited to those that the denoiser reads.
 
     Args:
-        original_size: side of the image.
-        top: of the rectangle, from the upper edge.
-        left: of the rectangle, from the left edge.
-        height: of the rectangle.
-        width: of the rectangle.
-        flip: whether it is mirrored left to right.
+        view: The requested view.
+        read: `control_inputs` of the denoiser.
     """
+    side, *_ = rectangle = [view[name] for name in RECTANGLE]
+    values = rectangle_arguments(*rectangle)
+    for row in CHOICES:
+        choice = view.get(row.name, "")
+        values |= {row.name: choice} if row.is_switch else row.shown(side).get(choice, {})
+    return {name: value for name, value in values.items() if name in read}
 
-    original_size: float
-    top: float
-    left: float
-    height: float
-    width: float
-    flip: bool = False
 
-    @classmethod
-    def of_whole_image(cls, original_size: float) -> "View":
-        """All of an image."""
-        return cls(original_size, 0, 0, original_size, original_size)
-
-    @classmethod
-    def by_default(cls, pipeline: ImprovedLDMPipeline) -> "View":
-        """What a pipeline shows when nothing is asked."""
-        return cls.of_whole_image(pipeline.config.default_original_size or pipeline.default_size)
-
-    def arguments(self, read: frozenset[str]) -> dict[str, Any]:
-        """The control arguments of the pipeline that ask for this view, as far as a denoiser reads them.
-
-        Args:
-            read: `control_inputs` of the denoiser.
-        """
-        values = {
-            "original_size": (self.original_size, self.original_size),
-            "crops_coords_top_left": (self.top, self.left),
-            "crop_size": (self.height, self.width),
-            "flip": self.flip,
-        }
-        return {name: value for name, value in values.items() if name in read}
-
-    def __str__(self) -> str:
-        whole = self.of_whole_image(self.original_size)
-        parts = [f"{self.original_size:g} px"]
-        if (self.top, self.left, self.height, self.width) != (whole.top, whole.left, whole.height, whole.width):
-            parts.append(f"crop {self.height:.3g}×{self.width:.3g} at {self.top:.3g}, {self.left:.3g}")
-        return " · ".join([*parts, "flip"] if self.flip else parts)
+def described(view: View) -> str:
+    """A short description of a view, without values that are the default."""
+    side, *crop = (view[name] for name in RECTANGLE)
+    top, left, height, width = crop
+    parts = [f"{side:g} px"]
+    if crop != [0, 0, side, side]:
+        parts.append(f"crop {height:.3g}×{width:.3g} at {top:.3g}, {left:.3g}")
+    chosen = {row.name: view[row.name] for row in variables_read(view) if row in CHOICES and view[row.name]}
+    return " · ".join([*parts, *(name if choice is True else f"{name} {choice}" for name, choice in chosen.items())])
 
 
 class Settings(NamedTuple):
-    """All that makes a drawing, in the order of the page's inputs.
+    """All settings of an image, in the order of the page's inputs.
 
     Args:
-        subject: a prompt, or a class label.
-        seed: of the noise.
-        guidance_scale: λ.
-        control_guidance_scale: β.
-        num_inference_steps: network evaluations.
-        view: what is asked for of the control.
+        subject: Prompt or class label.
+        seed: Seed of the noise.
+        guidance_scale: Guidance scale λ.
+        control_guidance_scale: Guidance scale β of the control.
+        num_inference_steps: Number of sampler steps.
+        view: The requested view.
     """
 
     subject: str | int
@@ -85,32 +77,31 @@ class Settings(NamedTuple):
 def compare(
     pipeline: ImprovedLDMPipeline, settings: Settings, on_step: Callable[[int], None] = lambda step: None
 ) -> tuple[Image.Image, Image.Image]:
-    """Draw the pipeline's default view and the asked one, all else equal, in one batch.
+    """Sample the default view and the requested view in one batch, with all other settings equal.
 
     Args:
-        pipeline: draws.
-        settings: what is asked.
-        on_step: called with the number of steps that are done.
+        pipeline: Pipeline to sample from.
+        settings: Settings of the images.
+        on_step: Called after each step with the number of finished steps.
 
     Returns:
-        The plain and the asked image.
+        The image of the default view and the image of the requested view.
 
     Raises:
-        ValueError: where the seed is missing or the pipeline refuses the settings.
+        ValueError: If the pipeline refuses the settings.
     """
-    if settings.seed is None:
-        raise ValueError("`seed` is None; it must be a whole number ≥ 0.")
 
     def callback(pipeline, step, timestep, tensors) -> dict:
         on_step(step + 1)
         return {}
 
-    views = (View.by_default(pipeline), settings.view)
-    controls = [view.arguments(pipeline.denoiser.control_inputs) for view in views]
+    views = (default_view(pipeline), settings.view)
+    controls = [view_arguments(view, pipeline.denoiser.control_inputs) for view in views]
+    asked = {name: [control.get(name) for control in controls] for control in controls for name in control}
     return tuple(
         pipeline(
-            **{"prompt" if pipeline.takes_text else "class_labels": [settings.subject] * len(views)},
-            **{name: [control[name] for control in controls] for name in controls[0]},
+            **{pipeline.semantic_argument: [settings.subject] * len(views)},
+            **asked,
             guidance_scale=settings.guidance_scale,
             control_guidance_scale=settings.control_guidance_scale,
             num_inference_steps=settings.num_inference_steps,

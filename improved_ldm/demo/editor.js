@@ -6,6 +6,8 @@ const HANDLE = 9; // half the side of a handle, canvas pixels
 const REACH = 26; // how near a handle a pointer takes it, canvas pixels
 
 const input = (name) => element.querySelector(`[name=${name}]`);
+const choices = element.querySelectorAll("[data-choice]"); // a checkbox for a switch, a list of labels for the others
+const valueOf = (choice) => (choice.type === "checkbox" ? "checked" : "value");
 const canvas = element.querySelector("canvas");
 const context = canvas.getContext("2d");
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -30,7 +32,7 @@ function resize(side) {
 
 function show() {
   const view = props.value;
-  input("flip").checked = view.flip;
+  for (const choice of choices) choice[valueOf(choice)] = view[choice.name];
   input("original_size").value = view.original_size;
   input("side").value = view.original_size;
   for (const name of NUMBERS) input(name).value = Math.round(view[name] * 10) / 10;
@@ -111,7 +113,9 @@ function onTyped(name, use) {
 
 for (const name of NUMBERS) onTyped(name, (value) => change({ [name]: value }));
 onTyped("side", resize);
-input("flip").addEventListener("change", ({ target }) => change({ flip: target.checked }));
+for (const choice of choices) {
+  choice.addEventListener("change", () => change({ [choice.name]: choice[valueOf(choice)] }));
+}
 input("original_size").addEventListener("input", ({ target }) => resize(target.valueAsNumber));
 input("whole").addEventListener("click", () => change({ top: 0, left: 0, height: Infinity, width: Infinity }));
 watch("value", show);

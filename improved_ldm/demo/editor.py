@@ -1,35 +1,43 @@
-"""The page's editor of a view: a crop rectangle on a canvas, its numbers, the original size and the flip."""
+"""The page's editor of a view: a crop rectangle on a canvas, its numbers, the side of the image, and the choices."""
 
 import base64
+import html
 import io
-from dataclasses import asdict
 from pathlib import Path
 
 import gradio as gr
 from PIL import Image
 
-from improved_ldm.demo.comparison import View
+from improved_ldm.conditioning.control import RECTANGLE
+from improved_ldm.conditioning.control_row import Variable
+from improved_ldm.demo.comparison import CHOICES, View
 
 HERE = Path(__file__).parent
+PLACE_OF_CHOICES = "<!-- choices -->"  # placeholder in the template
+BY_DEFAULT = "as it comes"
 
 
-def view_editor(side: float, read: frozenset[str], **kwargs) -> gr.HTML:
-    """A component whose value is the fields of a `View`, kept in one place that all its inputs show and change.
+def view_editor(view: View, read: frozenset[str], **kwargs) -> gr.HTML:
+    """A component whose value is a `View` that all its inputs show and edit.
 
-    Its property `picture`, a URL, is shown under the rectangle.
+    Its property `picture` is the URL of the image below the rectangle.
 
     Args:
-        side: of the whole image, which is the view at the start, pixels; it may be asked for smaller, not larger.
-        read: `control_inputs` of the denoiser; only those are shown.
-        kwargs: of the component.
+        view: Initial view of the whole image. Its side is the largest that can be requested.
+        read: `control_inputs` of the denoiser; only these are shown.
+        kwargs: Further arguments of the component.
     """
-    # no subclass of a component: Gradio would write a .pyi file beside its source
+    side = view[RECTANGLE[0]]
+    choices = "".join(_choice_input(row, side) for row in CHOICES if row.name in read)
+    template = (HERE / "editor.html").read_text(encoding="utf-8")
+    # not a subclass of a component, because Gradio would write a .pyi file next to its source
     return gr.HTML(
-        asdict(View.of_whole_image(side)),
-        html_template=(HERE / "editor.html").read_text(),
-        css_template=(HERE / "editor.css").read_text(),
-        js_on_load=(HERE / "editor.js").read_text(),
+        view,
+        html_template=template.replace(PLACE_OF_CHOICES, choices),
+        css_template=(HERE / "editor.css").read_text(encoding="utf-8"),
+        js_on_load=(HERE / "editor.js").read_text(encoding="utf-8"),
         apply_default_css=False,
+        label="View",  # its name in the API
         side=side,
         reads=" ".join(sorted(read)),
         picture="",
@@ -37,8 +45,21 @@ def view_editor(side: float, read: frozenset[str], **kwargs) -> gr.HTML:
     )
 
 
+def _choice_input(row: Variable, side: float) -> str:
+    """The HTML of a control input: a checkbox for a switch, or else a menu of its shown values."""
+    name = row.name.replace("_", " ")
+    attributes = f'name="{row.name}" data-choice aria-label="{name}"'
+    if row.is_switch:
+        element = f'<input type="checkbox" role="switch" {attributes} />'
+    else:
+        labels = {"": BY_DEFAULT, **{html.escape(label): html.escape(label) for label in row.shown(side)}}
+        options = "".join(f'<option value="{value}">{label}</option>' for value, label in labels.items())
+        element = f"<select {attributes}>{options}</select>"
+    return f'<label class="row"><span>{name.capitalize()}</span>{element}</label>'
+
+
 def picture_url(image: Image.Image) -> str:
-    """An image as a URL that holds it."""
+    """An image as a data URL."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,6 +1,10 @@
-"""The noise schedules that the family trains and samples with, as diffusers schedulers, and their rescaling."""
+"""The noise schedules for training and sampling, as diffusers schedulers, and their rescaling."""
+
+import inspect
+from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -13,7 +17,7 @@ def variance_preserving_scheduler(prediction_type: str) -> DDIMScheduler:
     Args:
         prediction_type: `epsilon` or `v_prediction`.
 
-    Source: Berrada et al., 2024; trailing timestep spacing is our choice, it starts at the noisiest step.
+    Source: Berrada et al., 2024; trailing timestep spacing, which starts at the noisiest step, is our choice.
     """
     return DDIMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
@@ -31,32 +35,42 @@ def flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     """Euler steps along straight flow paths.
 
     Args:
-        shift: moves noise levels up: σ' = shift · σ / (1 + (shift − 1) σ).
+        shift: Shift towards higher noise levels: σ' = shift · σ / (1 + (shift − 1) σ).
 
     Source: Stable Diffusion 3.
     """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
 
 
-def rescale_scheduler(scheduler: SchedulerMixin, from_resolution: float, to_resolution: float) -> SchedulerMixin:
-    """The scheduler that leaves a larger image as uncertain at each timestep as it left a smaller one.
+def scaled_input(scheduler: SchedulerMixin, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """The denoiser's input for a sample; some schedulers keep samples at another scale."""
+    return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
 
-    SNR'(t) = SNR(t) · (s / s')², which is ᾱ' = s² ᾱ / (s'² + ᾱ (s² − s'²)); for a flow with noise level σ
+
+def step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
+    """The generator as an argument of `step`, for schedulers that add random noise in a step."""
+    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def rescale_scheduler(scheduler: SchedulerMixin, from_resolution: float, to_resolution: float) -> SchedulerMixin:
+    """A scheduler with which images at a new resolution are as uncertain at each timestep as at the old one.
+
+    SNR'(t) = SNR(t) · (s / s')², so ᾱ' = s² ᾱ / (s'² + ᾱ (s² − s'²)); for a flow with noise level σ,
     σ' = (s' / s) σ / (1 + (s' / s − 1) σ), which is a shift. The schedule is written into the config, as
     `trained_betas` or `shift`, so that every scheduler made from it keeps it.
 
     Args:
-        scheduler: any of diffusers' that has betas, or a flow with a shift; it stays as it is.
-        from_resolution: s, pixels a side that the scheduler was made for.
-        to_resolution: s', pixels a side.
+        scheduler: Any scheduler of diffusers with betas, or a flow with a shift; it is not changed.
+        from_resolution: S, pixels per side that the scheduler was made for.
+        to_resolution: S', pixels per side.
 
     Returns:
-        A scheduler of the same class; the same one for equal resolutions.
+        A scheduler of the same class; the given one if the resolutions are equal.
 
     Raises:
-        ValueError: for resolutions that are not positive, or a scheduler whose schedule is neither.
+        ValueError: If a resolution is not positive, or the scheduler has neither betas nor a shift.
 
-    Source: Berrada et al., 2024.
+    Source: Berrada et al., 2024; the rule is our reading.
     """
     if not (from_resolution > 0 and to_resolution > 0):
         raise ValueError(f"`from_resolution` {from_resolution} and `to_resolution` {to_resolution} must be positive.")
@@ -65,7 +79,7 @@ def rescale_scheduler(scheduler: SchedulerMixin, from_resolution: float, to_reso
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("use_dynamic_shifting"):
         raise ValueError(
-            f"this {name} shifts by the size of each image (`use_dynamic_shifting`); it needs no rescaling."
+            f"this {name} shifts with the size of each image (`use_dynamic_shifting`); it needs no rescaling."
         )
     for shift in ("shift", "flow_shift"):
         if shift in config and (shift == "shift" or config.get("use_flow_sigmas")):
@@ -77,9 +91,9 @@ def rescale_scheduler(scheduler: SchedulerMixin, from_resolution: float, to_reso
 
 
 def rescaled_betas(alphas_cumprod: np.ndarray, factor: float) -> list[float]:
-    """Betas whose signal-to-noise ratio is that of `alphas_cumprod` (T,) over `factor`, as float32 numbers.
+    """Betas whose signal-to-noise ratio is that of `alphas_cumprod` (T,) divided by `factor`, as float32 numbers.
 
-    Each beta makes up for the rounding of those before it, for a scheduler multiplies 1 − β up in float32.
+    Each beta corrects the rounding of the earlier ones, because a scheduler computes the product of 1 − β in float32.
     """
     target = alphas_cumprod / (factor + alphas_cumprod * (1 - factor))
     betas, product = [], np.float32(1)

@@ -1,1 +1,1 @@
-"""What a trained pipeline is worth: classes, orientation, coverage, distances, obedience to the control."""
+"""Evaluation of trained pipelines: classes, orientation, coverage, distances, and obedience to the control."""

@@ -1,56 +1,56 @@
-"""CLIP score: how well images fit their prompts."""
+"""CLIP score: how well images match their prompts."""
 
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
-from improved_ldm.embedded import resolve
 from improved_ldm.evaluation.networks import (
     MeasuringNetwork,
-    OpenClip,
     check_pixels,
     load_transformers,
     process,
 )
+from improved_ldm.evaluation.open_clip_towers import OpenClip
+from improved_ldm.places import resolve
 
-PLACES = "'embedded:clip', 'open_clip:MODEL:PRETRAINED', or the folder or Hub id of a transformers CLIPModel"
+SOURCES = "'embedded:clip', 'open_clip:MODEL:PRETRAINED', or the folder or Hub id of a transformers CLIPModel"
 
 
 class TransformersClip:
     """Both towers of a transformers `CLIPModel`, with its own image processor and tokenizer.
 
     Args:
-        place: a folder, a Hub id or an `embedded:` name.
+        source: Folder, Hub id or `embedded:` name.
 
     Raises:
-        MissingWeightsError: if the weights cannot be had.
+        MissingWeightsError: If the weights are not available.
     """
 
-    def __init__(self, place: str):
-        self.network, self.processor = load_transformers(CLIPModel, place, PLACES)
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve(place))
+    def __init__(self, source: str):
+        self.network, self.processor = load_transformers(CLIPModel, source, SOURCES)
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(source))
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embeddings (batch, dim) of pixels in [−1, 1]."""
         return self.network.get_image_features(process(self.processor, pixels)).pooler_output
 
     def encode_texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
-        """Embeddings (batch, dim) of prompts, cut where the tower has no more positions."""
+        """Embeddings (batch, dim) of prompts, truncated to the number of positions of the text tower."""
         length = self.network.config.text_config.max_position_embeddings
         inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.network.get_text_features(**inputs.to(device)).pooler_output
 
 
 class ClipScorer(MeasuringNetwork):
-    """A frozen CLIP that compares images with their prompts, named with the hash of its weights.
+    """A frozen CLIP model that compares images with their prompts.
 
-    `name` is the place that it was opened from, `sha256` the hash of its weights.
+    `name` is the source of the model and `sha256` is the hash of its weights.
 
     Args:
-        name: the place.
-        towers: its image and text towers.
-        device: where it computes.
+        name: Source of the model.
+        towers: Image tower and text tower.
+        device: Device to compute on.
 
-    Source: Hessel et al. 2021, with the weight 100 in place of 2.5, as is usual for generated images.
+    Source: Hessel et al. 2021, with the usual weight for generated images, 100 instead of 2.5.
     """
 
     def __init__(self, name: str, towers: OpenClip | TransformersClip, device: torch.device | str):
@@ -62,34 +62,34 @@ class ClipScorer(MeasuringNetwork):
         """100 · max(cos, 0) of the embeddings of each image and its prompt.
 
         Args:
-            pixels: (batch, 3, height, width) in [−1, 1], of any size.
-            prompts: one an image.
+            pixels: Images (batch, 3, height, width) in [−1, 1], of any size.
+            prompts: One prompt per image.
 
         Returns:
-            (batch,) float32 in [0, 100], on the network's device.
+            Scores (batch,), float32 in [0, 100], on the network's device.
 
         Raises:
-            ValueError: for another shape or range, or another number of prompts.
+            ValueError: If the shape or range of the pixels or the number of prompts is wrong.
         """
         check_pixels(pixels)
         if len(prompts) != len(pixels):
-            raise ValueError(f"`prompts` has {len(prompts)}; it must have one for each of {len(pixels)} images.")
+            raise ValueError(f"`prompts` has length {len(prompts)}; it must have one prompt per image, {len(pixels)}.")
         images = self.towers.encode_images(pixels.to(self.device, torch.float32))
         texts = self.towers.encode_texts(list(prompts), self.device)
         return 100 * torch.cosine_similarity(images.float(), texts.float()).clamp(min=0)
 
 
-def open_clip_scorer(place: str, device: torch.device | str = "cpu") -> ClipScorer:
-    """Open a CLIP that scores images against prompts.
+def open_clip_scorer(source: str, device: torch.device | str = "cpu") -> ClipScorer:
+    """Open a CLIP model that scores images against prompts.
 
     Args:
-        place: `embedded:clip`, `open_clip:MODEL:PRETRAINED` with a tag of open_clip or a weights file, or a folder or
-            Hub id of a transformers `CLIPModel`.
-        device: where it computes.
+        source: `embedded:clip`; `open_clip:MODEL:PRETRAINED`, where PRETRAINED is an open_clip tag or a weights file;
+            or the folder or Hub id of a transformers `CLIPModel`.
+        device: Device to compute on.
 
     Raises:
-        ValueError: for an embedded name or an open_clip model that does not exist.
-        MissingWeightsError: if the weights cannot be had.
+        ValueError: If the embedded name or the open_clip model does not exist.
+        MissingWeightsError: If the weights are not available.
     """
-    towers = OpenClip(place, PLACES) if place.startswith("open_clip:") else TransformersClip(place)
-    return ClipScorer(place, towers, device)
+    towers = OpenClip(source, SOURCES) if source.startswith("open_clip:") else TransformersClip(source)
+    return ClipScorer(source, towers, device)

@@ -1,4 +1,4 @@
-"""Feature networks: images to the vectors that distances between sets are computed from."""
+"""Feature networks, which turn images into the vectors that distances between sets are computed from."""
 
 import io
 from abc import ABC, abstractmethod
@@ -13,7 +13,6 @@ from transformers import AutoModel
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.networks import (
     MeasuringNetwork,
-    OpenClip,
     check_pixels,
     load_judge,
     load_transformers,
@@ -21,8 +20,9 @@ from improved_ldm.evaluation.networks import (
     process,
     to_bytes,
 )
+from improved_ldm.evaluation.open_clip_towers import OpenClip
 
-PLACES = (
+SOURCES = (
     "'inception', 'inception:FILE', 'embedded:judge', 'open_clip:MODEL:PRETRAINED', "
     "or the folder or Hub id of a Judge or of a transformers vision model"
 )
@@ -30,11 +30,12 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Features:
-    """What a feature network says of a batch of images.
+    """Output of a feature network for a batch of images.
 
     Args:
-        vectors: (batch, num_features) float32.
-        probabilities: (batch, classes) float32 whose rows sum to 1, or None for a network that is no classifier.
+        vectors: Features (batch, num_features), float32.
+        probabilities: Class probabilities (batch, classes), float32; each row sums to 1. None if the network is not a
+            classifier.
     """
 
     vectors: torch.Tensor
@@ -42,10 +43,10 @@ class Features:
 
 
 class FeatureNetwork(MeasuringNetwork, ABC):
-    """A frozen network that turns images into vectors, named with the hash of its weights.
+    """A frozen network that turns images into vectors.
 
-    `name` is the place that it was opened from, `sha256` the hash of its weights, `num_features` the width of the
-    vectors, `is_classifier` whether it tells probabilities.
+    `name` is the source of the network, `sha256` is the hash of its weights, `num_features` is the length of the
+    vectors, and `is_classifier` states whether it returns probabilities.
     """
 
     num_features: int
@@ -53,50 +54,51 @@ class FeatureNetwork(MeasuringNetwork, ABC):
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Features:
-        """Features of images.
+        """Compute the features of images.
 
         Args:
-            pixels: (batch, 3, height, width) in [−1, 1]. All but a judge resize them, as their authors do.
+            pixels: Images (batch, 3, height, width) in [−1, 1]. Every network except a judge resizes them, as its
+                authors do.
 
         Returns:
             The features, on the network's device.
 
         Raises:
-            ValueError: for another shape or range.
+            ValueError: If the shape or range is wrong.
         """
         check_pixels(pixels)
         return self.extract(pixels.to(self.device, torch.float32))
 
     @abstractmethod
     def extract(self, pixels: torch.Tensor) -> Features:
-        """Features of checked pixels on the network's device."""
+        """Features of pixels that are already checked and on the network's device."""
 
     def _measure_width(self):
         self.num_features = self(torch.zeros(1, 3, 32, 32)).vectors.shape[1]
 
 
 class InceptionFeatures(FeatureNetwork):
-    """TensorFlow's Inception v3, the network of FID, KID and the Inception score, as torch-fidelity has it.
+    """TensorFlow's Inception v3, the network of FID, KID and the Inception score, as implemented by torch-fidelity.
 
     Args:
-        place: `inception` or `inception:FILE`.
-        device: where it computes.
+        source: `inception` or `inception:FILE`.
+        device: Device to compute on.
 
-    Source: Szegedy et al. 2015; pool3 and the logits without their bias, as in Heusel et al. 2017 and Salimans
-    et al. 2016.
+    Source: Szegedy et al. 2015. The features are pool3 as in Heusel et al. 2017, and the logits without their bias as
+    in Salimans et al. 2016.
     """
 
     num_features = 2048
     is_classifier = True
 
-    def __init__(self, place: str, device: torch.device | str):
-        _, _, file = place.partition(":")
-        with opening(place, file or f"torch hub's cache in {torch.hub.get_dir()} and {URL_INCEPTION_V3}", PLACES):
-            weights = io.BytesIO()  # torch-fidelity unpickles whatever it is given: give it tensors alone
+    def __init__(self, source: str, device: torch.device | str):
+        _, _, file = source.partition(":")
+        with opening(source, file or f"torch hub's cache in {torch.hub.get_dir()} and {URL_INCEPTION_V3}", SOURCES):
+            weights = io.BytesIO()  # torch-fidelity unpickles any file, so pass it only tensors
             torch.save(_load_tensors(Path(file)) if file else _download_inception(), weights)
             weights.seek(0)
             network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
-        super().__init__(place, network, device)
+        super().__init__(source, network, device)
 
     def extract(self, pixels: torch.Tensor) -> Features:
         vectors, logits = self.network(to_bytes(pixels))
@@ -104,18 +106,18 @@ class InceptionFeatures(FeatureNetwork):
 
 
 class JudgeFeatures(FeatureNetwork):
-    """What a judge knows of images; its classes are those of the judge, in either orientation.
+    """Features and class probabilities of a judge, summed over both orientations of each class.
 
     Args:
-        place: `embedded:judge` or a folder.
-        judge: what is there.
-        device: where it computes.
+        source: `embedded:judge` or a folder.
+        judge: The judge at this source.
+        device: Device to compute on.
     """
 
     is_classifier = True
 
-    def __init__(self, place: str, judge: Judge, device: torch.device | str):
-        super().__init__(place, judge, device)
+    def __init__(self, source: str, judge: Judge, device: torch.device | str):
+        super().__init__(source, judge, device)
         self.num_features = judge.head.in_features
 
     def extract(self, pixels: torch.Tensor) -> Features:
@@ -125,16 +127,16 @@ class JudgeFeatures(FeatureNetwork):
 
 
 class OpenClipFeatures(FeatureNetwork):
-    """The embeddings of an open_clip image tower, not normalised.
+    """Embeddings of an open_clip image tower, not normalised.
 
     Args:
-        place: as for `OpenClip`.
-        device: where it computes.
+        source: Source as for `OpenClip`.
+        device: Device to compute on.
     """
 
-    def __init__(self, place: str, device: torch.device | str):
-        self.towers = OpenClip(place, PLACES)
-        super().__init__(place, self.towers.network, device)
+    def __init__(self, source: str, device: torch.device | str):
+        self.towers = OpenClip(source, SOURCES)
+        super().__init__(source, self.towers.network, device)
         self._measure_width()
 
     def extract(self, pixels: torch.Tensor) -> Features:
@@ -142,16 +144,16 @@ class OpenClipFeatures(FeatureNetwork):
 
 
 class TransformersFeatures(FeatureNetwork):
-    """A transformers vision model: a CLIP embedding, the pooler's output, or else the class token.
+    """Features of a transformers vision model: the CLIP embedding, the pooler's output, or else the class token.
 
     Args:
-        place: a folder, a Hub id or an `embedded:` name.
-        device: where it computes.
+        source: Folder, Hub id or `embedded:` name.
+        device: Device to compute on.
     """
 
-    def __init__(self, place: str, device: torch.device | str):
-        network, self.processor = load_transformers(AutoModel, place, PLACES)
-        super().__init__(place, network, device)
+    def __init__(self, source: str, device: torch.device | str):
+        network, self.processor = load_transformers(AutoModel, source, SOURCES)
+        super().__init__(source, network, device)
         self._measure_width()
 
     def extract(self, pixels: torch.Tensor) -> Features:
@@ -161,25 +163,25 @@ class TransformersFeatures(FeatureNetwork):
         return Features(pooled.flatten(1).float())
 
 
-def open_features(place: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+def open_features(source: str, device: torch.device | str = "cpu") -> FeatureNetwork:
     """Open a feature network.
 
     Args:
-        place: `inception`, whose weights come from torch hub's cache or are downloaded; `inception:FILE`, a file of
-            the same weights; `embedded:judge` or a folder of a `Judge`; `open_clip:MODEL:PRETRAINED` with a tag of
-            open_clip or a weights file; or a folder or Hub id of a transformers vision model.
-        device: where it computes.
+        source: `inception`, with weights from the torch hub cache or a download; `inception:FILE`, with the same
+            weights from a file; `embedded:judge` or the folder of a `Judge`; `open_clip:MODEL:PRETRAINED`, where
+            PRETRAINED is an open_clip tag or a weights file; or the folder or Hub id of a transformers vision model.
+        device: Device to compute on.
 
     Raises:
-        ValueError: for an embedded name or an open_clip model that does not exist.
-        MissingWeightsError: if the weights cannot be had; nothing else takes their place.
+        ValueError: If the embedded name or the open_clip model does not exist.
+        MissingWeightsError: If the weights are not available. There is no fallback.
     """
-    if place == "inception" or place.startswith("inception:"):
-        return InceptionFeatures(place, device)
-    if place.startswith("open_clip:"):
-        return OpenClipFeatures(place, device)
-    judge = load_judge(place)
-    return TransformersFeatures(place, device) if judge is None else JudgeFeatures(place, judge, device)
+    if source == "inception" or source.startswith("inception:"):
+        return InceptionFeatures(source, device)
+    if source.startswith("open_clip:"):
+        return OpenClipFeatures(source, device)
+    judge = load_judge(source)
+    return TransformersFeatures(source, device) if judge is None else JudgeFeatures(source, judge, device)
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:

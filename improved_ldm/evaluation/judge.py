@@ -1,4 +1,4 @@
-"""A small classifier that says what an image shows and whether it is mirrored; its features serve for distances."""
+"""A small classifier that predicts what an image shows and whether it is mirrored. Distances use its features too."""
 
 from itertools import accumulate
 
@@ -12,11 +12,11 @@ class Judge(ModelMixin, ConfigMixin):
     """A convolutional classifier of (class, orientation) pairs, trained on real images only.
 
     Args:
-        num_classes: classes, each in two orientations: as in the data, and mirrored.
-        sample_size: height and width of the images, pixels.
-        widths: channels of the stages; each stage halves the resolution.
-        data_source: the set that it was trained on, as `open_rows` takes it.
-        one_sided: classes that all look one way in that set, so that their orientation can be told.
+        num_classes: Number of classes. Each has two orientations: as in the data, and mirrored.
+        sample_size: Height and width of the images in pixels.
+        widths: Channels of each stage. Each stage halves the resolution.
+        data_source: Source of the data set that it was trained on, as for `open_rows`.
+        one_sided: Classes whose images all face the same way in that data set, so that orientation is defined.
 
     Source: our choice.
     """
@@ -36,16 +36,16 @@ class Judge(ModelMixin, ConfigMixin):
         self.head = nn.Linear(widths[-1], 2 * num_classes)
 
     def feature_maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """What each stage sees in images.
+        """Feature maps of every stage.
 
         Args:
-            pixels: (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
+            pixels: Images (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
 
         Returns:
-            One (batch, width, height, width) a stage, each at half the resolution of the one before, ≥ 0.
+            One tensor (batch, width, height, width) ≥ 0 per stage, each at half the resolution of the previous one.
 
         Raises:
-            ValueError: for images of another size.
+            ValueError: If the images have another size.
         """
         size = self.config.sample_size
         if pixels.shape[1:] != (3, size, size):
@@ -53,15 +53,15 @@ class Judge(ModelMixin, ConfigMixin):
         return list(accumulate(self.body, lambda maps, stage: stage(maps), initial=pixels))[1:]
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the classifier knows of images before it decides: (batch, widths[-1]) ≥ 0, of pixels as above."""
+        """Features (batch, widths[-1]) ≥ 0 of `pixels`, as for `feature_maps`: the input of the last layer."""
         return self.feature_maps(pixels)[-1].mean((2, 3))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, `num_classes`, 2) of each class as in the data and mirrored, of features as above."""
+        """Logits (batch, `num_classes`, 2) of each class, as in the data and mirrored, from `features`."""
         return self.head(features).unflatten(1, (-1, 2))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits as of `classify`, of pixels as for `feature_maps`."""
+        """Logits, as returned by `classify`, of `pixels`, as for `feature_maps`."""
         return self.classify(self.features(pixels))
 
     @torch.no_grad()
@@ -69,12 +69,12 @@ class Judge(ModelMixin, ConfigMixin):
         """The most probable class of each image, and the more probable orientation of that class.
 
         Args:
-            pixels: (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
+            pixels: Images (batch, 3, `sample_size`, `sample_size`) in [-1, 1].
 
         Returns:
-            labels: (batch,) int64.
-            flips: (batch,) int64; 0 is the orientation of the data, 1 its mirror image. It says little of classes
-                that are nearly symmetric.
+            labels: Class labels (batch,), int64.
+            flips: Orientations (batch,), int64; 0 is as in the data, 1 is mirrored. They mean little for classes that
+                are nearly symmetric.
         """
         logits = self(pixels)
         labels = logits.logsumexp(2).argmax(1)

@@ -1,4 +1,4 @@
-"""Which part of an image does a picture show? Crops of a set of images, and a linear probe that tells them apart."""
+"""Crops of images, and a linear probe that recognises which crop an image shows."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from improved_ldm.conditioning.control import Control
+from improved_ldm.conditioning.control import SHOWN_CORNERS, SHOWN_EXTENT, Control, crop_arguments
 from improved_ldm.data.transforms import render, to_pixels
 from improved_ldm.evaluation.networks import to_bytes
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image, in fractions of its sides.
+    """A part of an image, in fractions of the image's sides.
 
     Args:
-        top: of the upper edge.
-        left: of the left edge.
-        extent: of either side.
+        top: Position of the upper edge.
+        left: Position of the left edge.
+        extent: Height and width of the crop.
     """
 
     top: float
@@ -26,23 +26,19 @@ class Crop:
     extent: float
 
     def controls(self, size: tuple[float, float]) -> dict[str, tuple[float, float]]:
-        """The control inputs that ask for this crop of an image of `size` (height, width) pixels."""
-        height, width = size
-        return {
-            "crops_coords_top_left": (self.top * height, self.left * width),
-            "crop_size": (self.extent * height, self.extent * width),
-        }
+        """The control inputs that request this crop of an image of `size` (height, width) in pixels."""
+        return crop_arguments(self.top, self.left, self.extent, self.extent, size)
 
 
 WHOLE = Crop(0, 0, 1)
-CORNERS = tuple(Crop(top, left, 0.65) for top in (0, 0.35) for left in (0, 0.35))
+CORNERS = tuple(Crop(*corner, SHOWN_EXTENT) for corner in SHOWN_CORNERS.values())
 CROPS = (WHOLE, *CORNERS)
 
 
 def cropped(pixels: torch.Tensor, crop: Crop) -> torch.Tensor:
-    """Part of each image (images, 3, height, width) in [−1, 1], scaled to the image's own size."""
+    """Crop each image (images, 3, height, width) in [−1, 1] and scale the crop to the size of the image."""
     size = tuple(pixels.shape[2:])
-    control = Control(size, **crop.controls(size), target_size=size)
+    control = Control(size, *crop.controls(size).values(), size)
     return torch.stack([to_pixels(render(to_pil_image(image), control)) for image in to_bytes(pixels)])
 
 
@@ -50,9 +46,9 @@ class CropProbe:
     """Multinomial logistic regression from small images to the crop that they show.
 
     Args:
-        pixels: (images, 3, height, width) in [−1, 1], whole; the probe is fitted to each of `CROPS` of them.
-        side: pixels a side that images are reduced to before they are read.
-        penalty: of the squared weights.
+        pixels: Uncropped images (images, 3, height, width) in [−1, 1]. The probe is fitted to all `CROPS` of them.
+        side: Side length in pixels that images are reduced to.
+        penalty: Factor of the squared weights in the loss.
 
     Source: our choice.
     """
@@ -64,11 +60,11 @@ class CropProbe:
         self.weights = _fit(inputs, targets, penalty)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The most probable crop of each image (batch, 3, height, width): (batch,) places in `CROPS`."""
+        """Indices (batch,) into `CROPS` of the most probable crop of each image (batch, 3, height, width)."""
         return (self._inputs(pixels) @ self.weights).argmax(1)
 
     def accuracy(self, pixels: torch.Tensor) -> float:
-        """Share of the crops of whole images (images, 3, height, width) that the probe finds."""
+        """Share of the crops of uncropped images (images, 3, height, width) that the probe recognises."""
         hits = [self(cropped(pixels, crop)) == place for place, crop in enumerate(CROPS)]
         return torch.cat(hits).double().mean().item()
 
@@ -80,7 +76,7 @@ class CropProbe:
 
 @torch.enable_grad()
 def _fit(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Weights (inputs, classes) of least penalised cross-entropy; the last row is the bias."""
+    """Weights (inputs, classes) that minimise the penalised cross-entropy; the last row is the bias."""
     weights = torch.zeros(inputs.shape[1], len(CROPS), dtype=inputs.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""How several processes share fixed batches, so that their number changes no image and no number."""
+"""Share fixed batches among processes, so that the number of processes changes neither images nor scores."""
 
 from typing import TypeVar
 
@@ -8,18 +8,18 @@ Part = TypeVar("Part")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process, and of how many; (0, 1) without `torch.distributed`."""
+    """Rank of this process and the number of processes; (0, 1) without `torch.distributed`."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def own_batches(count: int, batch_size: int) -> list[range]:
-    """The numbers of the images in this process's batches: batch b is for the process b % world size.
+    """Image numbers in the batches of this process. Batch b belongs to the process with rank b % world size.
 
     Args:
-        count: images of all processes.
-        batch_size: images a batch; the last one may have fewer.
+        count: Number of images of all processes.
+        batch_size: Images per batch; the last batch may have fewer.
     """
     rank, world_size = rank_and_world_size()
     starts = range(rank * batch_size, count, world_size * batch_size)
@@ -27,13 +27,13 @@ def own_batches(count: int, batch_size: int) -> list[range]:
 
 
 def gather_batches(parts: list[Part]) -> list[Part] | None:
-    """What all processes made of their `own_batches`, in the order of the images.
+    """Gather the results that all processes computed for their `own_batches`, in the order of the images.
 
     Args:
-        parts: one entry a batch of this process, tensors on the CPU.
+        parts: One entry per batch of this process, with tensors on the CPU.
 
     Returns:
-        One entry a batch on the main process, None on the others.
+        One entry per batch on the main process; None on the other processes.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:

@@ -8,26 +8,27 @@ from typing import Any
 
 import torch
 
-from improved_ldm.data.samples import make_loader
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import RESAMPLING, ImageTransform
 from improved_ldm.evaluation.networks import to_bytes
 from improved_ldm.evaluation.processes import own_batches
+from improved_ldm.places import shareable_place
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The first images of a set, whole and centre-cropped; the pixels are read again whenever they are needed.
+    """The first images of a data set, scaled and centre-cropped. The pixels are read again each time.
 
     Args:
-        rows: the opened set.
-        transform: from an image to its pixels.
-        source: where the set was opened.
-        split: part of it.
-        images: their number.
-        sha256: of the transform's settings and of the pixels in order.
-        captions: one an image, or None if the set is read without them.
-        labels: one an image, or None if the set is read without them.
+        rows: The opened data set.
+        transform: Transform from an image to its pixels.
+        source: Source of the data set.
+        split: Split of the data set.
+        images: Number of images.
+        sha256: Hash of the transform's settings and the pixels in order.
+        captions: One caption per image, or None if the captions are not read.
+        labels: One label per image, or None if the labels are not read.
     """
 
     rows: Rows
@@ -40,20 +41,20 @@ class Reference:
     labels: list[int] | None
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """This process's share of the images, (batch, 3, height, width) in [-1, 1], as `own_batches` deals them."""
+        """The batches (batch, 3, height, width) in [-1, 1] of this process, as assigned by `own_batches`."""
         own = {numbers.start for numbers in own_batches(self.images, batch_size)}
         for number, batch in enumerate(_read(self.rows, self.transform, self.images, batch_size)):
             if number * batch_size in own:
                 yield batch["pixels"]
 
     def record(self) -> dict[str, Any]:
-        """What identifies the images, for a record of a number."""
+        """Everything that identifies the images, for the record of an evaluation."""
         return {
-            "source": self.source,
+            "source": shareable_place(self.source),
             "split": self.split,
             "images": self.images,
             "sha256": self.sha256,
-            "resolution": list(self.transform.target_size),
+            "resolution": list(self.transform.sample_size),
             "transform": _settings(self.transform),
         }
 
@@ -61,18 +62,18 @@ class Reference:
 def open_reference(
     source: str, split: str, size: tuple[int, int], max_images: int, batch_size: int, **columns: str | None
 ) -> Reference:
-    """Read the images of a set once: count them, hash them, keep their captions and labels.
+    """Read the images of a data set once to count and hash them, and keep their captions and labels.
 
     Args:
-        source: anything that `open_rows` takes.
-        split: part of the set.
-        size: (height, width), pixels, that the whole images are scaled to, their centre cropped.
-        max_images: take so many at most, in the order of the set.
-        batch_size: images that are in memory at once.
-        columns: further arguments of `open_rows`.
+        source: Source of the data set, as for `open_rows`.
+        split: Split of the data set.
+        size: (height, width) in pixels that the images are scaled and centre-cropped to.
+        max_images: Maximum number of images, taken in the order of the data set.
+        batch_size: Number of images in memory at once.
+        columns: Further arguments of `open_rows`.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_rows` does.
+        FileNotFoundError, ValueError: As for `open_rows`.
 
     Source: our choice.
     """
@@ -88,20 +89,20 @@ def open_reference(
 
 
 def check_reference(reference: Reference, expected: dict[str, str]):
-    """Refuse another reference set than the one that is expected.
+    """Check that a reference set is the expected one.
 
     Args:
-        reference: what is there.
-        expected: hashes, by who expects them.
+        reference: The reference set.
+        expected: Expected hashes, by the argument or file that states them.
 
     Raises:
-        ValueError: naming both hashes.
+        ValueError: If a hash differs; the message names both.
     """
     for who, sha256 in expected.items():
         if sha256 != reference.sha256:
             raise ValueError(
-                f"{who} is for the reference set {sha256}; this one has the hash {reference.sha256}: other images, "
-                "another number of them, or another resolution."
+                f"{who} is for the reference set {sha256}, but this set has the hash {reference.sha256}: the images, "
+                "their number or the resolution differ."
             )
 
 

@@ -1,8 +1,10 @@
-"""The samples that are measured: what is asked of a pipeline, image by image, and the folder they are drawn into."""
+"""Sample the images of an evaluation: the requests, one per image, and the folder that the images are saved to."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,28 +13,35 @@ from PIL import Image
 from tqdm import tqdm
 
 from improved_ldm.conditioning.control import CONTROL_INPUTS
-from improved_ldm.data.sources import EXTENSIONS, read_image
+from improved_ldm.data.image_folder import read_metadata
+from improved_ldm.data.images import read_image
 from improved_ldm.data.transforms import to_pixels
 from improved_ldm.evaluation.networks import weights_sha256
 from improved_ldm.evaluation.processes import own_batches, rank_and_world_size
 from improved_ldm.pipeline import ImprovedLDMPipeline
-from improved_ldm.provenance import write_json
+from improved_ldm.places import EXTENSIONS
+from improved_ldm.provenance import write_json, write_json_lines, write_whole
+from improved_ldm.sampling.arguments import read_schedule
 from improved_ldm.seeds import derive_seed
 
 METADATA, SETTINGS = "metadata.jsonl", "settings.json"
-TEXT_SETTINGS = ("text_padding", "text_noise_scale", "max_text_tokens")  # of a pipeline, beside its weights
+TEXT_SETTINGS = (
+    "text_padding",
+    "text_noise_scale",
+    "max_text_tokens",
+)  # settings of a pipeline that change its images
 
 Order = Literal["in_turn", "drawn"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image that is asked for.
+    """A request for one image.
 
     Args:
-        semantic: the prompt or the class label.
-        seed: of the image's own generator.
-        control: control arguments of the pipeline; what is left out is asked for as the pipeline does by default.
+        semantic: Prompt or class label.
+        seed: Seed of the image's own generator.
+        control: Control arguments of the pipeline. The pipeline's defaults apply to all others.
     """
 
     semantic: str | int
@@ -40,7 +49,7 @@ class Request:
     control: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """The request as a line of `metadata.jsonl`, under the column names of a captioned or labelled image set."""
+        """The request as a line of `metadata.jsonl`, with the column names of a captioned or labelled image set."""
         name = "text" if isinstance(self.semantic, str) else "label"
         return {name: self.semantic, "seed": self.seed, **self.control}
 
@@ -48,14 +57,15 @@ class Request:
 def make_requests(
     choices: Sequence[str] | Sequence[int], count: int, seed: int, control: dict[str, Any], order: Order = "in_turn"
 ) -> list[Request]:
-    """Ask for images; the first n requests are the same for every `count` ≥ n.
+    """Make requests for images. The first n requests are the same for every `count` ≥ n.
 
     Args:
-        choices: prompts or class labels to choose from.
-        count: images.
-        seed: image i is drawn from `seed` + i.
-        control: control arguments of the pipeline, for every image.
-        order: whether the choices are taken in turn, or drawn with `seed`, each as likely as it is frequent.
+        choices: Prompts or class labels to choose from.
+        count: Number of images.
+        seed: Random seed; image i has the seed `seed` + i.
+        control: Control arguments of the pipeline for every image.
+        order: `in_turn` cycles through the choices; `drawn` picks one at random per image, with equal probability for
+            each entry of `choices`.
     """
     places = (number if order == "in_turn" else derive_seed(seed, number) for number in range(count))
     return [Request(choices[place % len(choices)], seed + number, control) for number, place in enumerate(places)]
@@ -63,12 +73,12 @@ def make_requests(
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a pipeline is called.
+    """Settings of a pipeline's call.
 
     Args:
-        num_inference_steps: network evaluations an image.
-        guidance_scale: λ.
-        control_guidance_scale: β.
+        num_inference_steps: Number of sampler steps.
+        guidance_scale: Guidance scale λ.
+        control_guidance_scale: Guidance scale β of the control.
     """
 
     num_inference_steps: int
@@ -76,52 +86,43 @@ class SamplingSettings:
     control_guidance_scale: float = 1.0
 
 
-def check_call(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, control: dict[str, Any]):
-    """Raise a ValueError for control, guidance or steps that the pipeline does not take, before anything is drawn."""
+def check_settings(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, control: dict[str, Any]):
+    """Raise a ValueError before sampling for control, guidance or steps that the pipeline does not support."""
     unknown = sorted(control.keys() - CONTROL_INPUTS)
     if unknown:
-        raise ValueError(f"`control` has {', '.join(unknown)}; it can have {', '.join(sorted(CONTROL_INPUTS))}.")
+        raise ValueError(f"`control` has {', '.join(unknown)}; valid keys are {', '.join(sorted(CONTROL_INPUTS))}.")
     side = pipeline.default_size
-    controls = pipeline.make_controls(1, side, side, **dict.fromkeys(CONTROL_INPUTS) | control)
-    if controls is None and settings.control_guidance_scale != 1:
-        raise ValueError(
-            f"`control_guidance_scale` is {settings.control_guidance_scale}; the model reads no control, it must be 1."
-        )
-    steps = settings.num_inference_steps
-    pipeline.check_call(side, side, steps, 1, "pil", ())
-    try:
-        pipeline.set_timesteps(steps, pipeline.latent_shape(1, side, side), pipeline.device)
-    except ValueError as error:
-        sampler = type(pipeline.scheduler).__name__
-        raise ValueError(f"`num_inference_steps` is {steps}; {sampler} refuses it: {error}") from error
+    pipeline.make_controls(1, side, side, **control)
+    pipeline.read_scales(settings.guidance_scale, settings.control_guidance_scale, 0.0)
+    steps = read_schedule(settings.num_inference_steps, None, None, settings.num_inference_steps)
+    pipeline.scheduled(**steps, latent_shape=pipeline.latent_shape(1, side, side), device=pipeline.device)
 
 
 def call_pipeline(
     pipeline: ImprovedLDMPipeline, semantics: Sequence[str] | Sequence[int], seeds: Iterable[int], **call
 ):
-    """Images of one call of a pipeline, each from a generator of its own.
+    """Images of one call of a pipeline, each with its own generator.
 
     Args:
-        pipeline: draws the images.
-        semantics: prompts or class labels, as the pipeline reads them.
-        seeds: one an image.
-        call: further arguments of the pipeline.
+        pipeline: Pipeline to sample from.
+        semantics: Prompts or class labels, whichever the pipeline reads.
+        seeds: One seed per image.
+        call: Further arguments of the pipeline.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    name = "prompt" if pipeline.takes_text else "class_labels"
-    return pipeline(**{name: semantics}, **call, generator=generators).images
+    return pipeline(**{pipeline.semantic_argument: semantics}, **call, generator=generators).images
 
 
 class Sampler:
-    """Draws the requested images of a pipeline into folders, one for each setting of the call.
+    """Samples the requested images from a pipeline and saves them, in one folder per setting of the call.
 
-    Batches are fixed and shared among the processes of `torch.distributed`, so that neither their number nor an
+    Batches are fixed and shared among the processes of `torch.distributed`, so neither the number of processes nor an
     interruption changes an image. The weights are hashed once, here.
 
     Args:
-        pipeline: draws the images.
-        requests: one an image.
-        batch_size: images a call.
+        pipeline: Pipeline to sample from.
+        requests: One request per image.
+        batch_size: Images per call.
     """
 
     def __init__(self, pipeline: ImprovedLDMPipeline, requests: list[Request], batch_size: int):
@@ -129,34 +130,34 @@ class Sampler:
         self.identity = _identity(pipeline)
 
     def record(self, settings: SamplingSettings) -> dict[str, Any]:
-        """What `settings.json` holds: all of the pipeline that changes an image, and how it is called."""
+        """Content of `settings.json`: everything in the pipeline that changes an image, and the call's settings."""
         return {**self.identity, **asdict(settings)}
 
     def check_folder(self, folder: Path, settings: SamplingSettings):
         """Raise a ValueError if a folder holds samples of another pipeline, other settings or other requests."""
         if not (folder / SETTINGS).exists():
             return
-        old = json.loads((folder / SETTINGS).read_text())
+        old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         for name, value in self.record(settings).items():
             if old.get(name) != value:
-                there = old.get(name, "that is not recorded")
-                raise ValueError(f"{folder} was drawn with `{name}` {there}, not {value}; choose another folder.")
+                there = old.get(name, "(not recorded)")
+                raise ValueError(f"{folder} was sampled with `{name}` {there}, not {value}; choose another folder.")
         for there, asked in zip(_metadata(folder), _metadata_lines(self.requests), strict=False):
             if there != asked:
-                raise ValueError(f"{folder} was drawn for {there}, not {asked}; choose another folder.")
+                raise ValueError(f"{folder} was sampled for {there}, not {asked}; choose another folder.")
 
-    def draw(self, folder: Path, settings: SamplingSettings):
-        """Draw what is missing in a folder, each image as a PNG that is whole or not there.
+    def sample(self, folder: Path, settings: SamplingSettings):
+        """Sample the missing images of a folder. Each image is written as a PNG, atomically.
 
-        A batch of which an image is missing is drawn again, and what is there is kept.
+        A batch with a missing image is sampled again; existing images are kept.
 
         Args:
-            folder: gets `000000.png` and so on, `settings.json` and `metadata.jsonl`, and is an image set that
-                `open_rows` takes.
-            settings: how the pipeline is called.
+            folder: Folder for the images `000000.png` and so on, `settings.json` and `metadata.jsonl`. `open_rows`
+                opens it as an image set.
+            settings: Settings of the pipeline's call.
 
         Raises:
-            ValueError: as `check_folder` does.
+            ValueError: As for `check_folder`.
         """
         self.check_folder(folder, settings)
         is_main = rank_and_world_size()[0] == 0
@@ -181,7 +182,7 @@ class Sampler:
 
 
 def _identity(pipeline: ImprovedLDMPipeline) -> dict[str, Any]:
-    """All of a pipeline that changes an image: weights, the sampler with its settings, and its own settings."""
+    """Everything in a pipeline that changes an image: weights, the sampler and its settings, and its own settings."""
     networks = {"denoiser": pipeline.denoiser, "vae": pipeline.vae}
     names = ["default_original_size"]
     if pipeline.takes_text:
@@ -201,39 +202,33 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _save_whole(image: Image.Image, file: Path):
-    unfinished = file.with_suffix(".unfinished")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(file)
+    write_whole(file, partial(image.save, format="PNG"))
 
 
 def _begin_folder(folder: Path, record: dict[str, Any], requests: list[Request]):
     if len(requests) > len(_metadata(folder)):  # a folder may grow
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _metadata_lines(requests))
-        unfinished = folder / f"{METADATA}.unfinished"
-        unfinished.write_text("".join(lines))
-        unfinished.replace(folder / METADATA)
+        write_json_lines(folder / METADATA, _metadata_lines(requests))
     write_json(folder / SETTINGS, record)
 
 
 def _metadata_lines(requests: list[Request]) -> list[dict[str, Any]]:
     lines = [{"file_name": _file(Path(), number).name, **request.record()} for number, request in enumerate(requests)]
-    return json.loads(json.dumps(lines))  # tuples as the file gives them back
+    return json.loads(json.dumps(lines))  # tuples become lists, as in the file
 
 
 def _metadata(folder: Path) -> list[dict[str, Any]]:
     file = folder / METADATA
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [record for _, record in read_metadata(file)] if file.exists() else []
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of one size in a folder, by name.
+    """Images of equal size in a folder, sorted by name.
 
     Args:
-        files: one an image.
-        size: (height, width), pixels.
-        prompts: what they were asked to show, where `metadata.jsonl` tells it of all of them.
+        files: One file per image.
+        size: (height, width) in pixels.
+        prompts: One prompt per image; None unless `metadata.jsonl` has the prompts of all images.
     """
 
     files: list[Path]
@@ -249,25 +244,44 @@ def open_samples(folder: Path, count: int | None = None) -> Samples:
     """Open a folder of images.
 
     Args:
-        folder: holds the images; `metadata.jsonl` may hold their captions, as in any captioned image folder.
-        count: take so many of them; None takes all.
+        folder: Folder of the images; `metadata.jsonl` may hold their captions, as in any captioned image folder.
+        count: Number of images to use; None uses all.
 
     Raises:
-        FileNotFoundError: if the folder is not there.
-        ValueError: if it has no images, or fewer than `count`, or of several sizes.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If there are no images or fewer than `count`, or if their sizes differ.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`samples` is {folder}; there is no such folder.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS["imagefolder"])[:count]
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in EXTENSIONS["imagefolder"] and file.is_file() and not file.name.startswith(".")
+    )[:count]
     if len(files) < (count or 1):
-        raise ValueError(f"`samples` is {folder}; it must hold {count or 'some'} images, but it holds {len(files)}.")
+        raise ValueError(
+            f"`samples` is {folder}; it must contain {count or 'some'} images, but it contains {len(files)}."
+        )
     sizes = {}
     for file in files:
-        with Image.open(file) as image:
-            sizes.setdefault(image.size[::-1], file.name)
+        sizes.setdefault(_size(file), file.name)
     if len(sizes) > 1:
         (one, first), (other, second), *_ = sizes.items()
-        raise ValueError(f"`samples` is {folder}; its images must have one size: {first} is {one}, {second} {other}.")
-    texts = {line["file_name"]: line.get("text") for line in _metadata(folder)}
+        raise ValueError(
+            f"`samples` is {folder}; its images must have equal sizes, but {first} is {one} and {second} is {other}."
+        )
+    texts = {
+        os.path.normpath(name): line.get("text")
+        for line in _metadata(folder)
+        if isinstance(name := line.get("file_name", line.get("image_file_name")), str)
+    }
     prompts = [texts.get(file.name) for file in files]
-    return Samples(files, next(iter(sizes)), None if None in prompts else prompts)
+    return Samples(files, next(iter(sizes)), prompts if all(isinstance(text, str) for text in prompts) else None)
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """(height, width) of an image in pixels, after it is turned upright."""
+    try:
+        return read_image(file.read_bytes(), min_size=(1, 1))[1]
+    except Exception as error:  # which error PIL raises for damaged bytes depends on the format
+        raise ValueError(f"`samples` is {file.parent}; {file.name} cannot be read: {error!r}") from error

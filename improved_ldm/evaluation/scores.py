@@ -1,4 +1,6 @@
-"""Numbers that compare a set of samples with a set of real images."""
+"""Scores that compare a set of samples with a set of real images."""
+
+from functools import cached_property
 
 import scipy.fft
 import torch
@@ -7,21 +9,21 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-MAX_DISTANCES = 2**24  # pairwise distances that are held at once: 128 MB
+MAX_DISTANCES = 2**24  # pairwise distances in memory at once: 128 MB
 
 
 def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Fréchet distance of two sets of features, each taken as a Gaussian; FID if the features are Inception's.
+    """Fréchet distance between two sets of features, each modelled as a Gaussian. With Inception features, it is FID.
 
     Args:
-        real: (real, dim) features.
-        fake: (fake, dim) features. Sets of a few times `dim` samples or more give a stable number.
+        real: Features (real, dim).
+        fake: Features (fake, dim). The number is stable if both sets have at least a few times `dim` samples.
 
     Returns:
         The distance, ≥ 0; 0 for equal means and covariances.
 
     Raises:
-        ValueError: if the widths differ, a set has fewer than 2 samples, or a feature is not finite.
+        ValueError: If the dimensions differ, a set has fewer than 2 samples, or a feature is not finite.
 
     Source: Heusel et al. 2017, as torchmetrics computes it, with sums in float64.
     """
@@ -31,28 +33,28 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
     metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False).set_dtype(torch.float64).to(real.device)
     metric.update(real.double(), real=True)
     metric.update(fake.double().to(real.device), real=False)
-    return max(metric.compute().item(), 0.0)  # rounding may lead below
+    return max(metric.compute().item(), 0.0)  # rounding can make it slightly negative
 
 
 def kernel_distance(
     real: torch.Tensor, fake: torch.Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy of two sets of features; KID if the features are Inception's.
+    """Squared maximum mean discrepancy between two sets of features. With Inception features, it is KID.
 
-    The kernel is (x·y / dim + 1)³. The estimate is unbiased, so that it can be a little below zero.
+    The kernel is (x·y / dim + 1)³. The estimate is unbiased, so it can be slightly negative.
 
     Args:
-        real: (real, dim) features.
-        fake: (fake, dim) features.
-        num_subsets: random subsets of both sets that are compared.
-        subset_size: samples a subset, drawn without replacement.
-        seed: of the subsets, which are those of torch-fidelity with the real set as its first input.
+        real: Features (real, dim).
+        fake: Features (fake, dim).
+        num_subsets: Number of random subsets of both sets to compare.
+        subset_size: Samples per subset, drawn without replacement.
+        seed: Seed of the subsets. They equal those of torch-fidelity with the real set as its first input.
 
     Returns:
         Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: if the widths differ, a set is smaller than a subset, or a feature is not finite.
+        ValueError: If the dimensions differ, a set is smaller than a subset, or a feature is not finite.
 
     Source: Bińkowski et al. 2018, as torch-fidelity computes it.
     """
@@ -76,18 +78,20 @@ def kernel_distance(
 
 
 def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """exp E KL(p(y|x) ‖ p(y)): how sure a classifier is of each sample, and how evenly the samples fill its classes.
+    """Inception score exp E KL(p(y|x) ‖ p(y)).
+
+    It is high if a classifier is sure of each sample and the samples are spread evenly over its classes.
 
     Args:
-        probabilities: (samples, classes) whose rows sum to 1.
-        num_splits: parts of the set that are scored apart.
-        seed: of the order in which the samples are split.
+        probabilities: Class probabilities (samples, classes); each row sums to 1.
+        num_splits: Number of parts of the set that are scored separately.
+        seed: Seed of the order in which the samples are split.
 
     Returns:
         Mean and standard deviation over the parts, in [1, classes].
 
     Raises:
-        ValueError: if there are fewer samples than parts, or a row is no distribution.
+        ValueError: If there are fewer samples than parts, or a row is not a distribution.
 
     Source: Salimans et al. 2016, as torch-fidelity computes it.
     """
@@ -104,25 +108,28 @@ def inception_score(probabilities: torch.Tensor, num_splits: int = 10, seed: int
 def manifold_scores(
     real: torch.Tensor, fake: torch.Tensor, nearest_k: int = 5, real_radii: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """How far two sets lie in each other, each sample taken as a ball up to its `nearest_k`-th nearest neighbour.
+    """Precision, recall, density and coverage: how far two sets of features overlap.
+
+    Each sample stands for a ball whose radius is the distance to its `nearest_k`-th nearest neighbour.
 
     Args:
-        real: (real, dim) features.
-        fake: (fake, dim) features.
-        nearest_k: neighbours in the same set that set the radius around each sample.
-        real_radii: `nearest_radii` of the real features, where several fake sets are compared with them.
+        real: Features (real, dim).
+        fake: Features (fake, dim).
+        nearest_k: Number of neighbours in the same set that sets the radius of each ball.
+        real_radii: `nearest_radii` of the real features, to reuse them for several fake sets.
 
     Returns:
-        precision: share of the fake samples in the ball of some real one, in [0, 1].
-        recall: share of the real samples in the ball of some fake one, in [0, 1].
-        density: real balls that hold a fake sample, a fake sample, over `nearest_k`; about 1 for equal distributions.
-        coverage: share of the real balls that hold a fake sample, in [0, 1]; it falls when a mode is missed.
+        precision: Share of the fake samples inside at least one real ball, in [0, 1].
+        recall: Share of the real samples inside at least one fake ball, in [0, 1].
+        density: Number of real balls around a fake sample, averaged and divided by `nearest_k`; about 1 for equal
+            distributions.
+        coverage: Share of the real balls that contain a fake sample, in [0, 1]; it falls if a mode is missing.
 
     Raises:
-        ValueError: if the widths differ, a set has not more than `nearest_k` samples, or a feature is not finite.
+        ValueError: If the dimensions differ, a set has at most `nearest_k` samples, or a feature is not finite.
 
-    Source: Kynkäänniemi et al. 2019, Eq. 2, for precision and recall, whose balls are closed; Naeem et al. 2020,
-    Eqs. 9 and 10, for density and coverage, whose balls are open as in their code.
+    Source: Kynkäänniemi et al. 2019, Eq. 2, for precision and recall, with closed balls; Naeem et al. 2020, Eqs. 9
+    and 10, for density and coverage, with open balls as in their code.
     """
     _check_count("nearest_k", nearest_k, 1)
     _check_features(real, fake, at_least=nearest_k + 1)
@@ -149,18 +156,43 @@ def manifold_scores(
     }
 
 
-def high_frequency_energy(pixels: torch.Tensor) -> torch.Tensor:
-    """Share of each image's spectral energy, its mean left out, above half the Nyquist frequency in either direction.
-
-    An image that was reduced to half its size or less and enlarged again has nearly none.
+class RealFeatures:
+    """Features of real images, to compare with any number of sets of samples.
 
     Args:
-        pixels: (batch, channels, height, width).
+        vectors: Features (real, dim).
+        nearest_k: Number of neighbours that sets the radii of `manifold_scores`.
+    """
+
+    def __init__(self, vectors: torch.Tensor, nearest_k: int = 5):
+        self.vectors, self.nearest_k = vectors, nearest_k
+
+    def fid(self, fake: torch.Tensor) -> float:
+        """The Fréchet distance to the features (fake, dim) of samples."""
+        return frechet_distance(self.vectors, fake)
+
+    def manifold_scores(self, fake: torch.Tensor) -> dict[str, float]:
+        """Precision, recall, density and coverage of the features (fake, dim) of samples."""
+        return manifold_scores(self.vectors, fake, self.nearest_k, self._radii)
+
+    @cached_property
+    def _radii(self) -> torch.Tensor:
+        _check_set("real", self.vectors, at_least=self.nearest_k + 1)
+        return nearest_radii(self.vectors, self.nearest_k)
+
+
+def high_frequency_energy(pixels: torch.Tensor) -> torch.Tensor:
+    """Share of each image's spectral energy above half the Nyquist frequency in either direction, without the mean.
+
+    It is close to 0 for an image that was reduced to at most half its size and enlarged again.
+
+    Args:
+        pixels: Images (batch, channels, height, width).
 
     Returns:
-        (batch,) float32 in [0, 1]; 0 for a uniform image.
+        Shares (batch,), float32 in [0, 1]; 0 for a uniform image.
 
-    Source: our choice; the cosine transform meets no jump at the image's border, as a Fourier transform does.
+    Source: our choice; unlike a Fourier transform, the cosine transform has no jump at the border of the image.
     """
     height, width = pixels.shape[2:]
     spectrum = scipy.fft.dctn(pixels.double().cpu().numpy(), axes=(2, 3), norm="ortho")
@@ -176,12 +208,12 @@ def nearest_radii(features: torch.Tensor, nearest_k: int) -> torch.Tensor:
     features, radii = features.double(), []
     for rows in _row_blocks(len(features), len(features)):
         distances = torch.cdist(features[rows], features)
-        radii.append(distances.kthvalue(nearest_k + 1, dim=1).values)  # the nearest is the sample itself
+        radii.append(distances.kthvalue(nearest_k + 1, dim=1).values)  # the nearest neighbour is the sample itself
     return torch.cat(radii)
 
 
 def _row_blocks(num_rows: int, num_columns: int) -> list[slice]:
-    """Slices of the rows of a matrix such that no block has more than `MAX_DISTANCES` values."""
+    """Slices of a matrix's rows such that no block has more than `MAX_DISTANCES` values."""
     size = max(1, MAX_DISTANCES // num_columns)
     return [slice(start, start + size) for start in range(0, num_rows, size)]
 
@@ -190,7 +222,7 @@ def _check_features(real: torch.Tensor, fake: torch.Tensor, at_least: int):
     _check_set("real", real, at_least)
     _check_set("fake", fake, at_least)
     if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"`real` has {real.shape[1]} dimensions, `fake` {fake.shape[1]}; they must be as many.")
+        raise ValueError(f"`real` has {real.shape[1]} dimensions and `fake` {fake.shape[1]}; they must be equal.")
 
 
 def _check_set(name: str, values: torch.Tensor, at_least: int):

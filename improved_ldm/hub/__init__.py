@@ -1,1 +1,1 @@
-"""What turns a trained folder into a model that others find and understand."""
+"""Publish trained folders on the Hub, with model cards and evaluation results."""

@@ -5,15 +5,15 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from improved_ldm.data.sources import is_hub_id
 from improved_ldm.hub.card import card_data, card_parts, usage_lines
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.places import is_hub_id, shareable_place
 
 TEMPLATE = Path(__file__).parent / "adapter_card_template.md"
 
 
 def adapter_usage_lines(base: str, folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -> str:
-    """Lines of Python that load a base and an adapter, and draw."""
+    """Lines of Python that load a base and an adapter and sample an image."""
     lines = usage_lines(base, pipeline, prompt).splitlines()
     loaded = next(number for number, line in enumerate(lines, 1) if line.startswith("pipe = "))
     return "\n".join([*lines[:loaded], f'pipe.load_lora_weights("{folder}")', *lines[loaded:]])
@@ -25,20 +25,20 @@ def write_adapter_card(
     config: dict[str, Any],
     metrics: dict[str, Any],
     prompt: str | int,
-    picture: str,
+    picture: str | None,
 ) -> Path:
     """Write the card of a trained adapter as its README.md.
 
     Args:
-        folder: of the adapter.
-        pipeline: the base with the adapter.
-        config: the run's configuration.
-        metrics: what `metrics.json` holds; the card claims nothing else.
-        prompt: for the lines of use.
-        picture: file name of the sample grid.
+        folder: Folder of the adapter.
+        pipeline: Base pipeline with the adapter.
+        config: Configuration of the run.
+        metrics: Content of `metrics.json`. The card states no other numbers.
+        prompt: Prompt or class label of the usage example.
+        picture: File name of the sample grid; None shows no picture.
 
     Returns:
-        The file.
+        The file of the card.
     """
     lora, base = config["lora"], config["base"]
     kind = ("rank-stabilised " if lora["rslora"] else "") + ("DoRA" if lora["dora"] else "LoRA")
@@ -50,24 +50,26 @@ def write_adapter_card(
         kind=kind,
         alpha=lora["alpha"] or lora["rank"],
         picture=picture,
-        usage=adapter_usage_lines(base, folder.as_posix(), pipeline, prompt),
+        usage=adapter_usage_lines(shareable_place(base), shareable_place(folder.as_posix()), pipeline, prompt),
     )
     file = folder / "README.md"
     card.save(file)
     return file
 
 
-def place_base(card: str, base: str, place: str) -> str:
-    """A card of `write_adapter_card` that names a place on the Hub where it named another base.
+def name_base_on_hub(card: str, base: str, place: str) -> str:
+    """Replace the base in a card of `write_adapter_card` by its repository on the Hub.
 
     Args:
-        card: the text of the card.
-        base: folder or Hub id that the adapter was trained on.
-        place: `user/name`, where that base is published.
+        card: Text of the card.
+        base: Folder or Hub id that the adapter was trained on, as named in the card.
+        place: Repository `user/name` of the published base.
 
     Returns:
-        The text with that place in the front matter, the lines of use and the tables.
+        The text with that repository in the front matter, the usage example and the tables.
     """
-    placed = ModelCard(card.replace(f'("{base}")', f'("{place}")').replace(f"`{base}`", f"`{place}`"))
+    for named in ('from_pretrained("{}")', "model `{}`", "| base | `{}` |"):  # the same name may mean something else
+        card = card.replace(named.format(base), named.format(place))
+    placed = ModelCard(card)
     placed.data.base_model = place
     return str(placed)

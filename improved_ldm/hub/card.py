@@ -1,24 +1,29 @@
-"""Model cards, rendered from a run's configuration, its metrics and its lineage."""
+"""Model cards, rendered from the configuration, the metrics and the lineage of a run."""
 
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from improved_ldm.data.sources import is_hub_id
+from improved_ldm.conditioning.control import INPUTS_OF_PARTS, variables_read
+from improved_ldm.evaluation.meaning import judged_noise, judged_notes, score_noise, score_notes
+from improved_ldm.evaluation.measures import Measure, judged_measure, score_measure
 from improved_ldm.hub.eval_results import EVAL_RESULTS, conditions, judged_results, score_results, write_entries
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.places import is_hub_id, shareable_place
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAG = "improved_ldm"
+JUDGE = "embedded:judge"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_PART = re.compile(r"(?<=^## Evaluation\n\n).*?(?=\n\n## |\Z)", re.DOTALL | re.MULTILINE)
-# Licences that are known; every other set, autoencoder and text encoder states its own.
+# Licences of the embedded data and models. Other data sets, autoencoders and text encoders state their own.
 LICENCES = {
     "embedded:fashion-mnist": "MIT, Copyright 2017 Zalando SE",
     "embedded:autoencoder": "Apache-2.0",
@@ -27,16 +32,17 @@ LICENCES = {
 
 
 def usage_lines(folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -> str:
-    """Five lines of Python that load a folder and draw."""
-    semantic = f"prompt={json.dumps(prompt, ensure_ascii=False)}" if pipeline.takes_text else f"class_labels={prompt}"
-    flip = ", flip=True" if "flip" in pipeline.denoiser.control_inputs else ""
+    """Five lines of Python that load a folder and sample an image."""
+    semantic = f"{pipeline.semantic_argument}={json.dumps(prompt, ensure_ascii=False)}"
+    switches = [row.name for row in variables_read(pipeline.denoiser.control_inputs) if row.is_switch]
+    control = f", {switches[0]}=True" if switches else ""
     return "\n".join(
         [
             "import improved_ldm",
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
-            f"image = pipe({semantic}{flip}).images[0]",
+            f"image = pipe({semantic}{control}).images[0]",
             'image.save("image.png")',
         ]
     )
@@ -45,14 +51,14 @@ def usage_lines(folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -
 def card_data(
     name: str, pipeline: ImprovedLDMPipeline, config: dict[str, Any], tags: list[str], **more: Any
 ) -> ModelCardData:
-    """The front matter of a card: what the Hub sorts models by.
+    """The front matter of a card, which the Hub uses to list and filter models.
 
     Args:
-        name: of the model.
-        pipeline: what was trained.
-        config: the run's configuration.
-        tags: beside the family's.
-        more: further fields.
+        name: Name of the model.
+        pipeline: The trained pipeline.
+        config: Configuration of the run.
+        tags: Tags besides the one of the model family.
+        more: Further fields.
     """
     source = config["data"]["source"]
     return ModelCardData(
@@ -67,13 +73,27 @@ def card_data(
 
 
 def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the templates of all cards are filled with."""
+    """The values that all card templates share. Sources are named without local folders."""
+    places = {"data": "source", "autoencoder": "pretrained", "text": "pretrained"}
+    named = {"base": shareable_place(config["base"])} if "base" in config else {}
+    named |= {
+        section: {**config[section], key: shareable_place(config[section][key])} for section, key in places.items()
+    }
+    read = pipeline.denoiser.control_inputs
     return {
-        "config": config,
+        "config": {**config, **named},
+        "control": variables_read(read),
+        "parts": ", ".join(part for part, inputs in INPUTS_OF_PARTS.items() if inputs & read),
         "metrics": metrics,
+        "skipped": skipped_text(metrics.get("skipped_rows", {})),
         "licences": LICENCES,
         "semantic": "prompt" if pipeline.takes_text else "class",
     }
+
+
+def skipped_text(skipped: dict[str, int]) -> str:
+    """Numbers of skipped rows with their reasons, in words; "" if no rows were skipped."""
+    return ", ".join(f"{count:,} ({reason})" for reason, count in skipped.items())
 
 
 def render_card(
@@ -86,17 +106,17 @@ def render_card(
     control_picture: str | None = None,
     sizes: Sequence[dict[str, Any]] = (),
 ) -> ModelCard:
-    """The card of a trained model, or of one that could be trained.
+    """Render the card of a model, before or after training.
 
     Args:
-        address: folder that the lines of use load; its last part is the model's name.
-        pipeline: what was trained; no weights are read.
-        config: the run's configuration.
-        metrics: what `metrics.json` holds; the card claims nothing else. Before training, the `command` alone.
-        prompt: for the lines of use, a text or a class label.
-        picture: file name of the sample grid; None shows none.
-        control_picture: file name of the picture of the control's effect; None shows none.
-        sizes: of the family member, each with `size`, `summary`, `parameters` and `multiply_adds`; empty lists none.
+        address: Folder or Hub id that the usage example loads. Its last part is the name of the model.
+        pipeline: The pipeline; its weights are not read.
+        config: Configuration of the run.
+        metrics: Content of `metrics.json`. The card states no other numbers. Before training, only `command`.
+        prompt: Prompt or class label of the usage example.
+        picture: File name of the sample grid; None shows no picture.
+        control_picture: File name of the picture of the control's effect; None shows no picture.
+        sizes: Sizes of the family member to list, each with `size`, `summary`, `parameters` and `multiply_adds`.
 
     Returns:
         The card.
@@ -105,7 +125,8 @@ def render_card(
     disentangled = denoiser.config.conditioning == "disentangled"
     tags, start = ["disentangled-conditioning"] if disentangled else [], config["denoiser"]["pretrained"]
     data = card_data(name, pipeline, config, tags, base_model=start if is_hub_id(start) else None)
-    data.eval_results = judged_results(data.pipeline_tag, config["data"]["source"], metrics.get("obedience", {}))
+    source = shareable_place(config["data"]["source"])
+    data.eval_results = judged_results(data.pipeline_tag, source, metrics.get("obedience", {}), _judge(metrics))
     data.eval_results = data.eval_results or None
     return ModelCard.from_template(
         data,
@@ -119,7 +140,6 @@ def render_card(
         usage=usage_lines(address, pipeline, prompt),
         denoiser=f"`{type(denoiser).__name__}`, {denoiser.summary}",
         parameters=denoiser.num_parameters(),
-        control=denoiser.control_inputs,
         lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
         side=pipeline.default_size,
         evaluation=_judged_text(metrics),
@@ -135,38 +155,39 @@ def write_card(
     config: dict[str, Any],
     metrics: dict[str, Any],
     prompt: str | int,
-    picture: str,
+    picture: str | None,
     control_picture: str | None = None,
 ) -> Path:
-    """Write the card of a trained folder as its README.md; all else is as in `render_card`.
+    """Write the card of a trained folder as its README.md. The other arguments are as for `render_card`.
 
     Args:
-        folder: the trained folder.
+        folder: The trained folder.
 
     Returns:
-        The file.
+        The file of the card.
     """
     file = folder / "README.md"
-    render_card(folder.as_posix(), pipeline, config, metrics, prompt, picture, control_picture).save(file)
+    address = shareable_place(folder.as_posix())
+    render_card(address, pipeline, config, metrics, prompt, picture, control_picture).save(file)
     return file
 
 
 def forget_evaluation(folder: Path):
-    """Remove what an evaluation left beside the card of a folder, before other weights take the place of its own."""
+    """Remove the evaluation files next to a folder's card, before its weights are replaced."""
     (folder / EVALUATION_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / EVAL_RESULTS, ignore_errors=True)
 
 
 def update_card(folder: Path) -> bool:
-    """Show what `evaluation.json` of a trained folder holds in the evaluation part of its card, and nowhere else.
+    """Write the results in `evaluation.json` of a trained folder to the evaluation section of its card.
 
-    Beside the card, scores against a dataset of the Hub become the Hub's entries in `.eval_results/`.
+    The rest of the text stays as it is. Scores against a Hub dataset are also written to `.eval_results/` for the Hub.
 
     Args:
-        folder: the trained folder, as a training script and then `training/evaluate.py` leave it.
+        folder: The trained folder, after a training script and `training/evaluate.py`.
 
     Returns:
-        Whether there was a card of `write_card` to update.
+        Whether the folder has a card of `write_card` to update.
     """
     file = folder / "README.md"
     if not file.exists():
@@ -174,12 +195,16 @@ def update_card(folder: Path) -> bool:
     card = ModelCard.load(file)
     if TAG not in (card.data.tags or ()) or EVALUATION_PART.search(card.text) is None:
         return False
-    evaluation = json.loads((folder / EVALUATION_FILE).read_text())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    source = yaml.safe_load((folder / "config.yaml").read_text())["data"]["source"]
+    evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    source = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["source"]
     judged, task = _judged(evaluation) if evaluation.get("obedience") else metrics, card.data.pipeline_tag
-    card.data.eval_results = judged_results(task, source, judged["obedience"]) + score_results(task, evaluation)
-    text = f"{_table(evaluation['scores'])}\n\n{conditions(evaluation)}"
+    results = judged_results(task, source, judged["obedience"], _judge(judged)) + score_results(task, evaluation)
+    card.data.eval_results = results or None
+    scores = _table(
+        evaluation["scores"], partial(score_measure, evaluation), score_notes(evaluation), score_noise(evaluation)
+    )
+    text = f"{scores}\n\n{conditions(evaluation)}"
     if judged["obedience"]:
         text += f"\n\n{_judged_text(judged)}"
     card.text = EVALUATION_PART.sub(lambda _: text, card.text, count=1)
@@ -189,7 +214,7 @@ def update_card(folder: Path) -> bool:
 
 
 def _judged(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What the judge found in an evaluation, as `metrics.json` of a training run has it."""
+    """The judge's numbers in an evaluation, in the format of a training run's `metrics.json`."""
     samples = evaluation["samples"]
     return {
         "obedience": evaluation["obedience"] | evaluation["disentanglement"],
@@ -197,8 +222,14 @@ def _judged(evaluation: dict[str, Any]) -> dict[str, Any]:
         "num_inference_steps": samples["num_inference_steps"],
         "guidance_scale": samples["guidance_scale"],
         "seed": samples["seeds"][0],
+        "judge": evaluation.get("judge", JUDGE),
         "dtype": samples["dtype"],
     }
+
+
+def _judge(metrics: dict[str, Any]) -> str:
+    """Name of the judge. Records of earlier versions do not state it; they come from the embedded judge."""
+    return metrics.get("judge", JUDGE)
 
 
 def _judged_text(metrics: dict[str, Any]) -> str:
@@ -207,19 +238,47 @@ def _judged_text(metrics: dict[str, Any]) -> str:
         return "Not measured."
     note = (
         f"\n\n{metrics['scheduler']}, {metrics['num_inference_steps']} steps, guidance {metrics['guidance_scale']}, "
-        f"seed {metrics['seed']}, {metrics['dtype']}. Classes, orientation and features are those of the judge that "
-        "ships with the package; rows that begin with `real` are what it says of real test images."
+        f"seed {metrics['seed']}, {metrics['dtype']}. Classes, orientation and features are determined by the "
+        f"judge `{_judge(metrics)}`; rows that begin with `real` are its results for real test images."
     )
-    return _table(obedience) + note
+    shown = {name: value for name, value in obedience.items() if not name.startswith("num_")}
+    return (
+        _table(
+            shown,
+            partial(judged_measure, obedience, _judge(metrics)),
+            judged_notes(obedience),
+            judged_noise(obedience),
+        )
+        + note
+    )
 
 
-def _table(values: dict[str, Any]) -> str:
-    rows = [f"| {name.replace('_', ' ')} | {_format(value)} |" for name, value in values.items()]
-    return "\n".join(["| measure | value |", "| --- | --- |", *rows])
+def _table(
+    values: dict[str, Any], measure: Callable[[str], Measure], notes: dict[str, str], noise: dict[str, str]
+) -> str:
+    """A table of numbers that states which direction is better and the number of images.
+
+    Args:
+        values: Numbers by name.
+        measure: Maps a name to its `Measure`.
+        notes: Why numbers are not meaningful, by name.
+        noise: The part of `notes` about numbers that noise would reach too. These are left out and named below.
+    """
+    rows = []
+    for name, value in values.items():
+        if name not in noise:
+            shown, mark = measure(name), f", not meaningful: {notes[name]}" if name in notes else ""
+            rows.append(f"| {shown.label} | {_format(value)}{mark} | {shown.better or '–'} | {shown.images or '–'} |")
+    table = "\n".join(["| measure | value | better | images |", "| --- | --- | --- | --- |", *rows])
+    reasons = {reason: [measure(name).label for name in noise if noise[name] == reason] for reason in noise.values()}
+    left_out = [
+        f"Left out because noise would reach them too: {', '.join(names)}; {why}." for why, names in reasons.items()
+    ]
+    return "\n\n".join([table, *left_out])
 
 
 def _lineage_line(record: dict[str, Any]) -> str:
-    """What a record of the lineage says, in words."""
+    """A record of the lineage in words."""
     source, details = record["source"] or "a model in memory", {**record}
     details.pop("source")
     if "resolution" in details:

@@ -1,37 +1,44 @@
-"""What was measured of a model in the two forms that the Hub reads: a card's `model-index`, and `.eval_results/`."""
+"""Evaluation results in the two formats that the Hub reads: the `model-index` of a card, and `.eval_results/`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from improved_ldm.data.sources import is_hub_id
+from improved_ldm.evaluation.meaning import judged_notes, score_notes
+from improved_ldm.evaluation.measures import Measure, judged_measure, score_measure
+from improved_ldm.places import is_hub_id
 
 EVAL_RESULTS = ".eval_results"  # the Hub's name for the folder
 
 
-def judged_results(task: str, source: str, judged: dict[str, Any]) -> list[EvalResult]:
-    """What the judge found in the model's samples; what it says of real images is not of the model.
+def judged_results(task: str, source: str, judged: dict[str, Any], judge: str) -> list[EvalResult]:
+    """The judge's results for the model's samples, without its results for real images.
+
+    Results with a note of `judged_notes` are not meaningful and are left out.
 
     Args:
-        task: of the Hub: `text-to-image`, …
-        source: the data set that the judge knows.
-        judged: what the judge found, by name.
+        task: Task name on the Hub, such as `text-to-image`.
+        source: Data set of the judge.
+        judged: The judge's numbers by name.
+        judge: Name of the judge.
     """
+    notes = judged_notes(judged)
     return [
-        _result(task, name, value, source, "test")
+        _result(task, judged_measure(judged, judge, name), value, source, "test")
         for name, value in judged.items()
-        if isinstance(value, float) and not name.startswith("real_")
+        if isinstance(value, float) and not name.startswith("real_") and name not in notes
     ]
 
 
 def score_results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
-    """The scores of an evaluation, each with all that it depends on.
+    """The meaningful scores of an evaluation, each with everything that it depends on.
 
     Args:
-        task: of the Hub.
-        evaluation: the record that `training/evaluate.py` writes.
+        task: Task name on the Hub.
+        evaluation: Record written by `training/evaluate.py`.
     """
     reference = evaluation["reference"]
     height, width = reference["resolution"]
@@ -40,39 +47,51 @@ def score_results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
         "dataset_args": {"sha256": reference["sha256"], "conditions": conditions(evaluation)},
     }
     return [
-        _result(task, name, value, reference["source"], reference["split"], **subset)
-        for name, value in evaluation["scores"].items()
+        _result(task, score_measure(evaluation, name), value, reference["source"], reference["split"], **subset)
+        for name, value in _meant(evaluation).items()
     ]
 
 
-def write_entries(folder: Path, evaluation: dict[str, Any]) -> Path | None:
-    """Write the scores of an evaluation as entries of the Hub, in place of those of an earlier one.
+def _meant(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The scores without a note."""
+    notes = score_notes(evaluation)
+    return {name: value for name, value in evaluation["scores"].items() if name not in notes}
 
-    An entry belongs to a dataset of the Hub. Scores against a local or an embedded set stand in the card alone. No
-    benchmark of the Hub defines a task for these scores, so a score's name is its task.
+
+def write_entries(folder: Path, evaluation: dict[str, Any]) -> Path | None:
+    """Write the meaningful scores of an evaluation as Hub entries, replacing earlier entries.
+
+    An entry belongs to a dataset on the Hub. Scores against a local or an embedded set are only in the card. No
+    benchmark on the Hub defines a task for these scores, so the name of a score is its task.
 
     Args:
-        folder: of the model.
-        evaluation: the record that `training/evaluate.py` writes.
+        folder: Folder of the model.
+        evaluation: Record written by `training/evaluate.py`.
 
     Returns:
-        The file; None where there is nothing to write.
+        The file; None if there is nothing to write.
 
-    Source: the Hub's format; one task a score is our choice.
+    Source: the Hub's format; one task per score is our choice.
     """
     file, dataset = folder / EVAL_RESULTS / "scores.yaml", evaluation["reference"]["source"]
-    if not is_hub_id(dataset):
+    scores = _meant(evaluation)
+    if not is_hub_id(dataset) or not scores:
         file.unlink(missing_ok=True)
         return None
     notes = conditions(evaluation)
-    entries = [EvalResultEntry(dataset, name, value, notes=notes) for name, value in evaluation["scores"].items()]
+    entries = [
+        EvalResultEntry(dataset, score_measure(evaluation, name).kind, value, notes=notes)
+        for name, value in scores.items()
+    ]
     file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+    file.write_text(
+        yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return file
 
 
 def conditions(evaluation: dict[str, Any]) -> str:
-    """What the scores of an evaluation depend on, in one line."""
+    """Everything that the scores of an evaluation depend on, in one line."""
     reference, samples = evaluation["reference"], evaluation["samples"]
     first, last = samples["seeds"]
     networks = [
@@ -93,15 +112,23 @@ def conditions(evaluation: dict[str, Any]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _result(task: str, name: str, value: float, source: str, split: str, **subset: Any) -> EvalResult:
-    dataset = source.removeprefix("embedded:")
+def _result(task: str, measure: Measure, value: float, source: str, split: str, **subset: Any) -> EvalResult:
+    dataset = dataset_name(source)
     return EvalResult(
         task_type=task,
         dataset_type=dataset,
         dataset_name=dataset,
         dataset_split=split,
-        metric_type=name,
-        metric_name=name.replace("_", " "),
+        metric_type=measure.kind,
+        metric_name=measure.full_name,
         metric_value=value,
         **subset,
     )
+
+
+def dataset_name(source: str) -> str:
+    """Name of a data set: its Hub id, or the name of a local or embedded set without its folders."""
+    if is_hub_id(source):
+        return source
+    name = re.sub(r"[^\w.-]+", "-", Path(source.removeprefix("embedded:")).name).strip("-.")
+    return name or "images"

@@ -1,7 +1,7 @@
-"""The code that a folder needs to load without the package: its pipeline and its denoiser, each in one file.
+"""Export the code that a folder needs to load without the package: its pipeline and its denoiser, each in one file.
 
-diffusers runs code that lies with a model, where the user trusts it, but copies single files only. So each file is the
-package's own modules, one after the other as they import each other, with their imports put together at the top.
+diffusers can run code saved with a model if the user trusts it, but it copies only single files. Each exported file
+therefore contains the package's own modules in the order of their imports, with all other imports at the top.
 """
 
 import ast
@@ -20,28 +20,28 @@ from improved_ldm.version import __version__
 PACKAGE = "improved_ldm"
 LICENCE = "Apache-2.0"
 LINE_LENGTH = 119
-OPTIONAL_LIBRARIES = ("peft",)  # of diffusers, which says what needs them when it is called
+OPTIONAL_LIBRARIES = ("peft",)  # optional in diffusers, which reports if they are needed
 
 
 def export_code(folder: Path) -> list[Path]:
     """Write the code of a saved pipeline into its folder, so that it loads without this package.
 
-    `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)` then runs it. Where
-    the package is imported, the folder loads with the package's classes as before.
+    `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)` then runs it. If
+    the package is imported, the folder still loads with the classes of the package.
 
     Args:
-        folder: that `ImprovedLDMPipeline.save_pretrained` wrote.
+        folder: Folder written by `ImprovedLDMPipeline.save_pretrained`.
 
     Returns:
         The files: `pipeline.py`, and `improved_ldm.py` in the denoiser's folder.
 
     Raises:
-        ValueError: for another folder.
+        ValueError: If the folder is not such a folder.
     """
     index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text()) if index_file.is_file() else {}
+    index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
     if index.get("_class_name") != "ImprovedLDMPipeline":
-        raise ValueError(f"`folder` is {folder}; it must hold the model_index.json of an ImprovedLDMPipeline.")
+        raise ValueError(f"`folder` is {folder}; it must contain the model_index.json of an ImprovedLDMPipeline.")
     classes = {folder / "pipeline.py": index["_class_name"]}
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] == PACKAGE:
@@ -52,10 +52,10 @@ def export_code(folder: Path) -> list[Path]:
 
 
 def bundle(root: type) -> str:
-    """The source of a class of the package and of all that it needs of the package, as one module.
+    """The source of a class and of everything that it needs from the package, as one module.
 
     Raises:
-        ValueError: where modules cannot become one, because a name means different things in them.
+        ValueError: If the modules cannot be merged because a name has different meanings in them.
     """
     modules = list(_in_import_order(root.__module__, set()))
     _check_names(modules)
@@ -85,7 +85,7 @@ class _Module:
 
 
 def _in_import_order(name: str, seen: set[str]) -> Iterator[_Module]:
-    """A module after those that it imports, each once."""
+    """A module and all modules that it imports, imported ones first, each once."""
     seen.add(name)
     module = _read(name)
     for required in module.requires:
@@ -103,8 +103,8 @@ def _read(name: str) -> _Module:
         aliased = any(alias.asname for alias in node.names)
         if node not in imports or isinstance(node, ast.Import) or aliased or node.module == PACKAGE:
             raise ValueError(
-                f"{name}, line {node.lineno}: `{ast.unparse(node)}`; what is put into one file must import from the "
-                "package at the top, from its modules and by the names that they define."
+                f"{name}, line {node.lineno}: `{ast.unparse(node)}`; a module that is exported must import from the "
+                "package at the top, from the package's modules, and without renaming."
             )
     lines = source.splitlines()
     for node in [tree.body[0], *imports]:  # the docstring comes first
@@ -137,7 +137,7 @@ def _defined(node: ast.stmt) -> Iterator[str]:
 
 
 def _check_names(modules: list[_Module]):
-    """Raise a ValueError where a name means different things in the modules."""
+    """Raise a ValueError if a name has different meanings in the modules."""
     meanings = {}
     for module in modules:
         found = {name: f"{module.name}.{name}" for name in module.names}
@@ -147,12 +147,12 @@ def _check_names(modules: list[_Module]):
         for name, meaning in found.items():
             if meanings.setdefault(name, meaning) != meaning:
                 raise ValueError(
-                    f"`{name}` is both {meanings[name]} and {meaning}; in one file it can be one of them."
+                    f"`{name}` is both {meanings[name]} and {meaning}; in one file, it can only have one meaning."
                 )
 
 
 def _merged(nodes: Iterable[ast.Import | ast.ImportFrom]) -> str:
-    """Imports put together: the standard library, other libraries, and those that may be missing."""
+    """Merged imports: the standard library, other libraries, and optional libraries."""
     plain, named = set(), defaultdict(set)
     for node in nodes:
         aliases = {ast.unparse(alias) for alias in node.names}

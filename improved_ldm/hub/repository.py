@@ -1,4 +1,4 @@
-"""A model repository on the Hub: commits, tags and branches, asked for again while the Hub is busy."""
+"""A model repository on the Hub: commits, tags and branches. Requests are repeated while the Hub is busy."""
 
 import logging
 import time
@@ -8,29 +8,29 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from improved_ldm.hub.content import Content
+from improved_ldm.places import check_repository_name
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that pass
-PAUSES = (1, 2, 4, 8, 16)  # seconds, where the Hub does not say how long
-SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN to a token that may write."
+BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses of temporary errors
+PAUSES = (1, 2, 4, 8, 16)  # seconds, if the Hub does not state how long to wait
+SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN to a token with write access."
 ATTRIBUTES = ".gitattributes"  # the Hub's own file
 
 
 class HubError(RuntimeError):
-    """The Hub refuses, or cannot be reached; the message says what to do."""
+    """The Hub refuses a request or cannot be reached. The message states what to do."""
 
 
 def access_token() -> str:
-    """The token in use.
+    """The access token in use.
 
     Raises:
-        HubError: if there is none.
+        HubError: If there is no token.
     """
     token = get_token()
     if token is None:
@@ -38,29 +38,19 @@ def access_token() -> str:
     return token
 
 
-def check_repository_name(name: str, argument: str = "repo"):
-    """Raise a ValueError that names the argument if what it gives cannot be a repository with an owner."""
-    try:
-        validate_repo_id(name)
-    except ValueError as error:
-        raise ValueError(f"`{argument}` is {name!r}; it must be `user/name`: {error}") from error
-    if "/" not in name:
-        raise ValueError(f"`{argument}` is {name!r}; it must be `user/name`.")
-
-
 class Repository:
-    """A model repository, made where there is none.
+    """A model repository, created if it does not exist.
 
-    The client repeats the upload of a file by itself. The other calls are repeated here, so each of them first looks
-    whether its work is done: an answer that is lost, or a process that is killed, costs nothing twice.
+    The client itself repeats the upload of a file. All other calls are repeated here. Each first checks whether its
+    work is already done, so nothing is done twice after a lost response or a killed process.
 
     Args:
-        name: `user/name`.
-        private: whether it must be private.
+        name: Name of the repository, `user/name`.
+        private: Whether it must be private.
 
     Raises:
-        ValueError: if the name is none, or the repository is public and must be private.
-        HubError: if the Hub refuses.
+        ValueError: If the name is not valid, or the repository is public but must be private.
+        HubError: If the Hub refuses.
     """
 
     def __init__(self, name: str, private: bool = False):
@@ -68,10 +58,10 @@ class Repository:
         self.name, self.api = name, HfApi(token=access_token())
         self._ask(self.api.create_repo, name, private=private or None, exist_ok=True)
         if private and not self._ask(self.api.repo_info, name).private:
-            raise ValueError(f"`private` is true; {name} is public already: make it private in its settings.")
+            raise ValueError(f"`private` is true, but {name} is public: make it private in its settings.")
 
     def tags(self) -> dict[str, str]:
-        """The commits that tags point to, by the tags' names."""
+        """The commits that the tags point to, by name of the tag."""
         return self._ask(self._tags)
 
     def add_tag(self, tag: str, commit: str):
@@ -84,27 +74,39 @@ class Repository:
         self._ask(add)
 
     def add_branch(self, branch: str):
-        """Begin a branch at the newest commit, where there is no branch of that name."""
+        """Create a branch at the newest commit if there is no branch of this name."""
         self._ask(self.api.create_branch, self.name, branch=branch, exist_ok=True)
 
-    def holds(self, revision: str, content: Content) -> bool:
-        """Whether a revision holds these files and no others, by their sizes and hashes."""
-        return self._ask(self._holds, revision, _additions(content))
-
-    def commit(self, content: Content, title: str, branch: str = constants.DEFAULT_REVISION) -> str:
-        """Make these files, and no others, the newest commit of a branch; the names of those that go are logged.
-
-        A commit of that title, or the newest one, that holds these files already is that commit.
+    def foreign(
+        self, content: Content, is_own: Callable[[str], bool], branch: str = constants.DEFAULT_REVISION
+    ) -> list[str]:
+        """The files of a branch that a commit would replace or remove and that are not our own.
 
         Args:
-            content: the files.
-            title: of the commit.
-            branch: that it goes to.
+            content: Files of the commit.
+            is_own: Whether the title of a commit is one of ours. Files of our newest commit are our own.
+            branch: Branch of the commit. A branch that does not exist has no files.
+        """
+        return self._ask(self._foreign, _additions(content), is_own, branch)
+
+    def holds(self, revision: str, content: Content, only: bool = True) -> bool:
+        """Whether a revision contains these files, by size and hash; with `only`, no others."""
+        return self._ask(self._holds, revision, _additions(content), only)
+
+    def commit(self, content: Content, title: str, branch: str = constants.DEFAULT_REVISION) -> str:
+        """Commit these files to a branch and remove all others. The names of removed files are logged.
+
+        If the newest commit or a commit with the same title already contains exactly these files, it is used.
+
+        Args:
+            content: Files of the commit.
+            title: Title of the commit.
+            branch: Branch of the commit.
 
         Returns:
-            The commit's id.
+            Id of the commit.
         """
-        additions = _additions(content)  # once, so that a file is read and uploaded once
+        additions = _additions(content)  # outside of the repeated call, so that each file is read and uploaded once
 
         def commit() -> str:
             commits = self.api.list_repo_commits(self.name, revision=branch)
@@ -129,47 +131,62 @@ class Repository:
         entries = self.api.list_repo_tree(self.name, recursive=True, revision=revision)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.path != ATTRIBUTES}
 
-    def _holds(self, revision: str, additions: list[CommitOperationAdd]) -> bool:
-        files = self._files(revision)
-        return files.keys() == {addition.path_in_repo for addition in additions} and all(
+    def _foreign(self, additions: list[CommitOperationAdd], is_own: Callable[[str], bool], branch: str) -> list[str]:
+        if branch not in {known.name for known in self.api.list_repo_refs(self.name).branches}:
+            return []
+        commits = self.api.list_repo_commits(self.name, revision=branch)
+        ours = next((commit.commit_id for commit in commits if is_own(commit.title)), None)
+        known = {} if ours is None else {path: file.blob_id for path, file in self._files(ours).items()}
+        kept = {addition.path_in_repo: addition for addition in additions}
+        return sorted(
+            path
+            for path, file in self._files(commits[0].commit_id).items()
+            if known.get(path) != file.blob_id and not (path in kept and _is_same(kept[path], file))
+        )
+
+    def _holds(self, revision: str, additions: list[CommitOperationAdd], only: bool = True) -> bool:
+        files, names = self._files(revision), {addition.path_in_repo for addition in additions}
+        return (files.keys() == names if only else files.keys() >= names) and all(
             _is_same(addition, files[addition.path_in_repo]) for addition in additions
         )
 
     def _ask(self, call: Callable[..., Answer], *arguments, **options) -> Answer:
-        """Call the Hub; where it is busy or silent, wait and call again."""
+        """Call the Hub. If it is busy or does not respond, wait and call again."""
         pauses = iter(PAUSES)
         while True:
             try:
                 return call(*arguments, **options)
-            except HTTPError as error:  # an answer of the Hub, or none
+            except HTTPError as error:  # an error response, or no response
                 pause = next(pauses, None)
                 if pause is None or not _passes(error):
                     raise HubError(self._advice(error)) from error
                 pause = max(pause, _retry_after(error))
                 logger.warning("the Hub is busy (%s); trying again in %d s", _status(error), pause)
                 time.sleep(pause)
-            except RuntimeError as error:  # a file whose upload failed after the client's own repetitions
-                raise HubError(f"{error} The same command goes on from there.") from error
+            except RuntimeError as error:  # the upload of a file failed after the client's own retries
+                raise HubError(f"{error} Run the same command again to resume.") from error
             except ConnectionError as error:
                 raise HubError(f"the Hub cannot be reached: {error}") from error
 
     def _advice(self, error: HTTPError) -> str:
-        """What a user can do about an error, in one line."""
+        """One line that tells the user how to fix an error."""
         match _status(error):
             case 401:
                 return f"the Hub does not accept the access token: {SIGN_IN}"
             case 403:
-                return f"the access token may not write to {self.name}: choose another `repo`, or a token that may."
+                return f"the access token cannot write to {self.name}: choose another `repo` or another token."
             case 412:
-                return f"somebody else has committed to {self.name} in the meantime; run the same command again."
+                return f"someone else has committed to {self.name} in the meantime; run the same command again."
             case status if _passes(error):
-                return f"the Hub at {constants.ENDPOINT} is out of order ({status}); the same command goes on later."
+                return (
+                    f"the Hub at {constants.ENDPOINT} is unavailable ({status}); run the same command later to resume."
+                )
             case status:
                 return f"the Hub refuses ({status}): {error.server_message}"
 
 
 def _status(error: HTTPError) -> int | str:
-    """The status of an answer, or what went wrong where there was none."""
+    """The status of a response, or the error if there was no response."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else str(error)
 
 
@@ -179,7 +196,7 @@ def _passes(error: HTTPError) -> bool:
 
 
 def _retry_after(error: HTTPError) -> int:
-    """Seconds for which a busy Hub asks to be left alone."""
+    """Seconds that a busy Hub asks clients to wait."""
     seconds = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return int(seconds) if seconds.isdigit() else 0
 
@@ -189,7 +206,7 @@ def _additions(content: Content) -> list[CommitOperationAdd]:
 
 
 def _is_same(addition: CommitOperationAdd, file: RepoFile) -> bool:
-    """Whether a file on the Hub has the content of a local one, by the hash under which the Hub keeps it."""
+    """Whether a file on the Hub has the content of a local file, by size and hash."""
     if file.size != addition.upload_info.size:
         return False
     if file.lfs is not None:

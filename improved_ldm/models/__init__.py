@@ -1,1 +1,1 @@
-"""The denoisers, one backbone a file, and the layers and the trunk that they share."""
+"""The denoisers, one backbone per file, and the layers and the trunk that they share."""

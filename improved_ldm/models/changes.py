@@ -1,4 +1,4 @@
-"""What became of a model's weights when another was made of them."""
+"""A report of what happened to a model's weights when a new model was made from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of tensors, by what became of them.
+    """Names of tensors, by what happened to them.
 
     Args:
-        kept: as they were.
-        changed: kept in part, or with the contribution of a null condition added.
-        new: not in the old model, or there in another size.
-        dropped: without a place in the new model.
-        moved: on under another name, old → new.
+        kept: Unchanged tensors.
+        changed: Tensors that are kept in part, or that include the contribution of a null condition.
+        new: Tensors that the old model does not have, or has in another size.
+        dropped: Tensors that the new model does not have.
+        moved: Renamed tensors, old name → new name.
     """
 
     kept: tuple[str, ...]

@@ -1,5 +1,7 @@
 """DiT: a transformer over latent patches, modulated by adaLN-Zero (Peebles and Xie, 2023)."""
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
@@ -7,9 +9,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.models.layers import (
     NORM_EPS,
     Attention,
@@ -20,18 +21,21 @@ from improved_ldm.models.layers import (
     initialize,
     register_block,
 )
+from improved_ldm.models.patch_denoiser import PatchDenoiser
+from improved_ldm.models.published import PublishedDiT
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and feed-forward, each modulated; between them cross-attention to the semantic tokens.
+    """Self-attention and feed-forward, each modulated; between them cross-attention to the context tokens.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: width of the feed-forward over `dim`.
-        cross_attention: whether the block reads semantic tokens (the disentangled mode).
-        qk_norm: RMS-normalise queries and keys.
-        norm_eps: of the norm before the feed-forward.
+        dim: Channels.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the feed-forward divided by `dim`.
+        cross_attention: Whether the block reads context tokens (the disentangled mode).
+        qk_norm: RMS-normalise queries and keys per head.
+        norm_eps: ε of the norm before the feed-forward.
     """
 
     def __init__(
@@ -48,12 +52,12 @@ class DiTBlock(nn.Module):
         self.norm1 = ModulatedNorm(dim)
         self.attn1 = Attention(dim, num_heads, qk_norm)
         self.norm_cross = nn.LayerNorm(dim, eps=NORM_EPS) if cross_attention else None
-        self.attn2 = Attention(dim, num_heads, qk_norm) if cross_attention else None
+        self.attn2 = Attention(dim, num_heads, qk_norm, is_cross_attention=True) if cross_attention else None
         self.norm2 = ModulatedNorm(dim, norm_eps)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
 
     def zero_start(self):
-        """Let the semantic tokens change nothing until they are trained."""
+        """Make the context tokens contribute nothing until they are trained."""
         if self.attn2 is not None:
             nn.init.zeros_(self.attn2.to_out[0].weight)
 
@@ -69,6 +73,7 @@ class DiTBlock(nn.Module):
         # (batch or 1, heads, tokens, tokens) → (batch, tokens, dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding)
         attended = self.attn1(self.norm1(hidden_states, shift1, scale1), attention_mask=attention_bias)
+        # addcmul(x, gate, y) is x + gate * y
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         if self.attn2 is not None:
             attended = self.attn2(self.norm_cross(hidden_states), encoder_hidden_states, encoder_attention_mask)
@@ -83,40 +88,21 @@ class DiTDenoiser(PatchDenoiser):
     """DiT with classes or text, disentangled or as published.
 
     Args:
-        sample_size: latent pixels a side at training.
-        in_channels: latent channels.
-        out_channels: channels of the prediction; twice `in_channels` where the variance is learned.
-        patch_size: latent pixels a side of a patch.
-        hidden_size: channels of a token, divisible by `num_attention_heads` and 4.
-        num_layers: blocks.
-        num_attention_heads: heads.
-        mlp_ratio: width of the feed-forward over `hidden_size`.
-        qk_norm: RMS-normalise queries and keys.
-        conditioning: `disentangled` (cross-attention to semantic tokens; timestep and control modulate) or
-            `published` (class or pooled text added to the timestep; no control).
-        num_classes: classes, or None.
-        num_class_tokens: tokens a class gives in the disentangled mode.
-        text_dim: channels of the text tokens, or None.
-        pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
-        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
-        control_power: α of the cosine ramp.
-        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
-        num_train_timesteps: T.
-        position_extent: coordinates that a side of the grid spans; default: its patches at training.
-        norm_eps: of the norms before the feed-forwards; 1e-5 in diffusers' DiT.
-        downscale_freq_shift: of the timestep's sinusoids; 1 in diffusers' DiT.
-        trunk_per_block: embed the conditions anew for every block, as diffusers' DiT does.
+        published: Fields of `PublishedDiT`, or None.
+
+    The other arguments are those of `PatchDenoiser` and `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not divide or conditions that contradict the mode.
+        ValueError: If sizes are not divisible, or conditions contradict the mode.
 
-    Source: DiT; the disentangled mode from Berrada et al., 2024; cross-attention is normalised and
-    starts at zero by our choice.
+    Source: DiT; the disentangled mode from Berrada et al., 2024; the norm and zero start of cross-attention are our
+    choice.
     """
 
     _no_split_modules = ("DiTBlock",)
     _repeated_blocks = ("DiTBlock",)
     _published_text_arguments = ("pooled_dim",)
+    published_form = PublishedDiT
 
     @register_to_config
     def __init__(
@@ -130,36 +116,36 @@ class DiTDenoiser(PatchDenoiser):
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
-        conditioning: str = "disentangled",
+        conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
-        control_weight: str = "cosine",
+        control_weight: ControlWeight = "cosine",
         control_power: float = 1.0,
-        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
+        control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS,
+        control_route: ControlRoute = "norm",
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
-        norm_eps: float = NORM_EPS,
-        downscale_freq_shift: float = 0.0,
-        trunk_per_block: bool = False,
+        published: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.check_sizes()
-        if trunk_per_block and text_dim is not None:
+        form, attends = self.published, conditioning == "disentangled" and self.attends
+        if form.trunk_per_block and (text_dim is not None or control_route == "tokens"):
             raise ValueError(
-                "`trunk_per_block` is set with `text_dim`; only classes are embedded anew for every block."
+                "`trunk_per_block` is set with `text_dim` or the `control_route` 'tokens'; only classes and a control "
+                "in the norm can be embedded separately for every block."
             )
-        attends = conditioning == "disentangled" and (num_classes is not None or text_dim is not None)
-        self.trunk = self.make_trunk(attends, downscale_freq_shift=downscale_freq_shift)
+        self.trunk = self.make_trunk(attends, downscale_freq_shift=form.downscale_freq_shift)
         self.later_trunks = nn.ModuleList(
-            self.make_trunk(attends=False, downscale_freq_shift=downscale_freq_shift)
-            for _ in range(num_layers - 1 if trunk_per_block else 0)
+            self.make_trunk(attends=False, downscale_freq_shift=form.downscale_freq_shift)
+            for _ in range(num_layers - 1 if form.trunk_per_block else 0)
         )
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.register_positions()
         self.transformer_blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm, norm_eps)
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm, form.norm_eps)
             for _ in range(num_layers)
         )
         self.output_layer = OutputLayer(hidden_size, patch_size, out_channels)
@@ -179,24 +165,22 @@ class DiTDenoiser(PatchDenoiser):
         attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the objective's target; arguments and result as `Denoiser` says."""
-        conditions = Conditioning(
-            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
-        )
-        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
+        """Predict the objective's target; see `Denoiser` for arguments and result."""
+        # inputs: timestep (batch,), grid (rows, columns) of patches
+        semantic = (encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels)
+        timestep, conditions, grid = self.read_inputs(hidden_states, timestep, *semantic, control)
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
-        later_embeddings = [trunk(hidden_states, timestep, conditions)[0] for trunk in self.later_trunks]
-        block_embeddings = (
-            [embedding, *later_embeddings] if later_embeddings else [embedding] * len(self.transformer_blocks)
-        )
+        embedding, context, context_mask = self.trunk(timestep, conditions)
+        embeddings = [embedding] * len(self.transformer_blocks)
+        if self.later_trunks:
+            embeddings[1:] = (trunk(timestep, conditions)[0] for trunk in self.later_trunks)
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)
         hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)
 
         # blocks: (batch, tokens, dim)
-        for block, block_embedding in zip(self.transformer_blocks, block_embeddings, strict=True):
+        for block, block_embedding in zip(self.transformer_blocks, embeddings, strict=True):
             hidden_states = self.run_block(block, hidden_states, block_embedding, context, context_mask)
 
         # output: (batch, tokens, dim) → (batch, out_channels, height, width)

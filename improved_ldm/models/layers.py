@@ -1,17 +1,19 @@
-"""The layers that the denoisers are built of: attention, modulation, patches."""
+"""The layers of the denoisers: attention, modulation and patches."""
+
+from typing import Protocol, runtime_checkable
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-NORM_EPS = 1e-6
+from improved_ldm.models.internals import TransformerBlockMetadata, TransformerBlockRegistry
+from improved_ldm.models.norm import NORM_EPS, ModulatedNorm
+from improved_ldm.models.positions import RelativePositionBias
 
 
 class AttentionProcessor:
-    """Scaled dot-product attention of `Attention` through diffusers' choice of backends."""
+    """Scaled dot-product attention of `Attention`, on the attention backends of diffusers."""
 
     _attention_backend = None
     _parallel_config = None
@@ -24,7 +26,7 @@ class AttentionProcessor:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.project(hidden_states, context, attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = attn.split_heads(*project(attn, hidden_states, context))
         query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         hidden_states = self.attend(query, key, value, attention_mask)
         return attn.to_out[0](hidden_states)
@@ -44,7 +46,7 @@ class AttentionProcessor:
 
 
 class JointAttentionProcessor(AttentionProcessor):
-    """Attention of two streams over the tokens of both, with projections of their own."""
+    """Attention of two streams over the tokens of both; each stream has its own projections."""
 
     def __call__(
         self,
@@ -52,18 +54,16 @@ class JointAttentionProcessor(AttentionProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = attn.project(hidden_states, hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        context_query, context_key, context_value = attn.project(
-            encoder_hidden_states, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        )
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = attn.split_heads(*project(attn, hidden_states, hidden_states))
+        context_query, context_key, context_value = attn.split_heads(*project_added(attn, encoder_hidden_states))
         query = torch.cat([attn.norm_q(query), attn.norm_added_q(context_query)], dim=1).to(value.dtype)
         key = torch.cat([attn.norm_k(key), attn.norm_added_k(context_key)], dim=1).to(value.dtype)
         value = torch.cat([value, context_value], dim=1)
 
         joint = self.attend(query, key, value, attention_mask)
         hidden_states, context = joint.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
-        context = None if attn.to_add_out is None else attn.to_add_out(context)
+        context = context if attn.to_add_out is None else attn.to_add_out(context)
         return attn.to_out[0](hidden_states), context
 
 
@@ -71,30 +71,28 @@ class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head attention of a sequence over itself or over a context.
 
     Args:
-        dim: channels, divisible by `num_heads`.
-        num_heads: heads.
-        qk_norm: RMS-normalise queries and keys a head.
+        dim: Channels, divisible by `num_heads`.
+        num_heads: Heads.
+        qk_norm: RMS-normalise queries and keys per head.
+        is_cross_attention: Whether the context is another sequence.
     """
 
     _default_processor_cls = AttentionProcessor
     _available_processors = (AttentionProcessor,)
-    _supports_qkv_fusion = False
+    use_bias = added_proj_bias = True  # read by diffusers when it fuses projections
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, is_cross_attention: bool = False):
         super().__init__()
+        self.is_cross_attention = is_cross_attention
         self.heads, self.head_dim = num_heads, dim // num_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.norm_q, self.norm_k = _head_norm(self.head_dim, qk_norm), _head_norm(self.head_dim, qk_norm)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(self._default_processor_cls())
 
-    def project(self, hidden_states, context, to_query, to_key, to_value):
-        """Queries of a sequence, keys and values of its context: (batch, tokens, heads, head_dim) each."""
-        return (
-            to_query(hidden_states).unflatten(-1, (-1, self.head_dim)),
-            to_key(context).unflatten(-1, (-1, self.head_dim)),
-            to_value(context).unflatten(-1, (-1, self.head_dim)),
-        )
+    def split_heads(self, *projections: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # (batch, tokens, dim) → (batch, tokens, heads, head_dim) each
+        return tuple(states.unflatten(-1, (-1, self.head_dim)) for states in projections)
 
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None):
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
@@ -104,10 +102,10 @@ class JointAttention(Attention):
     """Attention of image tokens and context tokens over both.
 
     Args:
-        dim: channels of both streams, divisible by `num_heads`.
-        num_heads: heads.
-        qk_norm: RMS-normalise queries and keys a head.
-        context_pre_only: the context is read but not updated (the last block of an mmDiT).
+        dim: Channels of both streams, divisible by `num_heads`.
+        num_heads: Heads.
+        qk_norm: RMS-normalise queries and keys per head.
+        context_pre_only: Whether the context is read but not updated (the last block of an mmDiT).
     """
 
     _default_processor_cls = JointAttentionProcessor
@@ -120,6 +118,27 @@ class JointAttention(Attention):
         self.to_add_out = None if context_pre_only else nn.Linear(dim, dim)
 
 
+def project(attn: nn.Module, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries of a sequence, keys and values of its context: (batch, tokens, dim) each."""
+    if not reads_fused(attn):
+        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    if attn.is_cross_attention:
+        return attn.to_q(hidden_states), *attn.to_kv(context).chunk(2, dim=-1)
+    return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+
+
+def project_added(attn: JointAttention, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of the second stream: (batch, context, dim) each."""
+    if not reads_fused(attn):
+        return attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
+    return attn.to_added_qkv(context).chunk(3, dim=-1)
+
+
+def reads_fused(attn: nn.Module) -> bool:
+    """Whether to use fused projections: they exist, and no gradient is needed for the weights they are copies of."""
+    return attn.fused_projections and not (torch.is_grad_enabled() and attn.to_q.weight.requires_grad)
+
+
 def _head_norm(head_dim: int, qk_norm: bool) -> nn.Module:
     return nn.RMSNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
 
@@ -128,8 +147,8 @@ class Modulation(nn.Module):
     """Shifts, scales and gates of an adaptive norm, linear in the embedding; zero at the start (adaLN-Zero).
 
     Args:
-        dim: channels.
-        num_vectors: how many vectors of `dim` channels to give.
+        dim: Channels.
+        num_vectors: Number of output vectors of `dim` channels.
 
     Source: DiT.
     """
@@ -153,8 +172,8 @@ class TableModulation(nn.Module):
     """Shifts, scales and gates that differ from shared ones by a learned table (adaLN-single).
 
     Args:
-        dim: channels.
-        num_vectors: how many vectors of `dim` channels to give.
+        dim: Channels.
+        num_vectors: Number of output vectors of `dim` channels.
 
     Source: PixArt-α.
     """
@@ -168,51 +187,13 @@ class TableModulation(nn.Module):
         return (self.table + vectors).split(1, dim=1)
 
 
-class ModulatedNorm(nn.Module):
-    """Layer norm without parameters of its own, scaled and shifted: norm(x) · (1 + scale) + shift.
-
-    Args:
-        dim: channels.
-        eps: added to the variance.
-    """
-
-    def __init__(self, dim: int, eps: float = NORM_EPS):
-        super().__init__()
-        self.dim, self.eps = dim, eps
-
-    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        # (batch, tokens, dim), (batch, 1, dim), (batch, 1, dim) → (batch, tokens, dim)
-        return _ModulatedNorm.apply(hidden_states, shift, scale, self.eps)
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    # The backward pass makes norm(x) anew from what the norm's own gradient keeps: one state less in memory. There is
-    # no second derivative and no forward mode.
-
-    @staticmethod
-    def forward(ctx, hidden_states, shift, scale, eps):
-        normed, mean, rstd = torch.native_layer_norm(hidden_states, hidden_states.shape[-1:], None, None, eps)
-        ctx.save_for_backward(hidden_states, scale, mean, rstd)
-        return torch.addcmul(shift, normed, 1 + scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden_states, scale, mean, rstd = ctx.saved_tensors
-        grad_scale = ((hidden_states - mean) * rstd).mul_(grad).sum(1, keepdim=True)
-        grad_states, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad * (1 + scale), hidden_states, hidden_states.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )
-        return grad_states, grad.sum(1, keepdim=True), grad_scale, None
-
-
 class PatchEmbedding(nn.Module):
     """Latents to a sequence of patch tokens.
 
     Args:
-        in_channels: latent channels.
-        dim: channels of a token.
-        patch_size: latent pixels a side of a patch.
+        in_channels: Latent channels.
+        dim: Channels of a token.
+        patch_size: Latent pixels per side of a patch.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int):
@@ -221,7 +202,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # (batch, channels, height, width) → (batch, tokens, dim)
-        # the layout of the blocks' states follows from this one's
+        # contiguous, because the states of all later blocks keep this layout, and norms read whole tokens
         return self.proj(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
 
@@ -229,10 +210,10 @@ class OutputLayer(nn.Module):
     """Tokens back to latents: adaptive norm, then a linear layer that starts at zero.
 
     Args:
-        dim: channels of a token.
-        patch_size: latent pixels a side of a patch.
-        out_channels: latent channels of the prediction.
-        modulation: from the embedding to a shift and a scale; default: linear.
+        dim: Channels of a token.
+        patch_size: Latent pixels per side of a patch.
+        out_channels: Latent channels of the prediction.
+        modulation: Module from the embedding to a shift and a scale; default: linear.
 
     Source: DiT.
     """
@@ -261,14 +242,22 @@ def register_block(block: type[nn.Module], **indices: int):
     """Let diffusers' caches find the states in a block's output.
 
     Args:
-        block: a class of transformer blocks.
-        indices: of `TransformerBlockMetadata`.
+        block: Class of transformer blocks.
+        indices: Further fields of `TransformerBlockMetadata`.
     """
     TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0, **indices))
 
 
+@runtime_checkable
+class StartsAtZero(Protocol):
+    """A module that contributes nothing until it is trained."""
+
+    def zero_start(self):
+        """Set the weights that cause this to zero."""
+
+
 def initialize(model: nn.Module):
-    """Xavier weights and zero biases for every projection, then zeros where a module asks to start at zero.
+    """Initialise every projection with Xavier weights and zero biases, then the modules that start at zero.
 
     Source: DiT.
     """
@@ -280,5 +269,7 @@ def initialize(model: nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
     for module in model.modules():
-        if hasattr(module, "zero_start"):
+        if isinstance(module, StartsAtZero):
             module.zero_start()
+        elif isinstance(module, RelativePositionBias):
+            module.reset_parameters()

@@ -1,5 +1,6 @@
 """mDT-v2: a DiT that also learns to predict from a part of the patches (Gao et al., 2023)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,28 +9,29 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser, PositionTransfer
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.models.dit import DiTBlock
 from improved_ldm.models.layers import OutputLayer, PatchEmbedding, initialize
-from improved_ldm.models.positions import RelativePositionBias, interpolate_grid, relative_offsets
+from improved_ldm.models.patch_denoiser import PatchDenoiser
+from improved_ldm.models.positions import PositionTransfer, RelativePositionBias, interpolate_grid, relative_offsets
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
-MASK_RATIO_SPAN = 0.2  # the share of masked patches is drawn between the mask ratio and this much more
-MASK_RATIO_STEPS = 8  # from so many values, so that a compiled model meets few lengths
+MASK_RATIO_SPAN = 0.2  # the fraction of masked patches is random, from the mask ratio to this much more
+MASK_RATIO_STEPS = 8  # number of such fractions, so that a compiled model sees few sequence lengths
 
 
 class MDTBlock(DiTBlock):
-    """A DiT block with relative position bias, and a long skip connection where it joins one.
+    """A DiT block with relative position bias and, if `joins_skip` is set, a long skip connection.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: width of the feed-forward over `dim`.
-        cross_attention: whether the block reads semantic tokens (the disentangled mode).
-        qk_norm: RMS-normalise queries and keys.
-        side: patches a side at training.
-        joins_skip: whether the block reads a skip connection.
+        dim: Channels.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the feed-forward divided by `dim`.
+        cross_attention: Whether the block reads context tokens (the disentangled mode).
+        qk_norm: RMS-normalise queries and keys per head.
+        side: Patches per side at training.
+        joins_skip: Whether the block reads a skip connection.
     """
 
     def __init__(
@@ -66,35 +68,19 @@ class MDTBlock(DiTBlock):
 class MDTDenoiser(PatchDenoiser):
     """mDT-v2 with classes or text, disentangled or as published.
 
-    An encoder, whose second half reads skip connections from its first, a decoder that reads the embedded patches
-    again, and for training a side block that stands in for masked patches between the two.
+    The model has an encoder, whose second half reads skip connections from the first half, and a decoder that reads
+    the embedded patches again. Between the two, a side block fills in masked patches during training.
 
     Args:
-        sample_size: latent pixels a side at training.
-        in_channels: latent channels.
-        out_channels: channels of the prediction; twice `in_channels` where the variance is learned.
-        patch_size: latent pixels a side of a patch.
-        hidden_size: channels of a token, divisible by `num_attention_heads` and 4.
-        num_layers: blocks of encoder and decoder; an even number of them is the encoder.
-        num_decoder_layers: blocks of the decoder.
-        num_attention_heads: heads.
-        mlp_ratio: width of the feed-forward over `hidden_size`.
-        qk_norm: RMS-normalise queries and keys.
-        conditioning: `disentangled` (cross-attention to semantic tokens; timestep and control modulate) or
-            `published` (class or pooled text added to the timestep; no control).
-        num_classes: classes, or None.
-        num_class_tokens: tokens a class gives in the disentangled mode.
-        text_dim: channels of the text tokens, or None.
-        pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
-        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
-        control_power: α of the cosine ramp.
-        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
-        num_train_timesteps: T.
-        position_extent: coordinates that a side of the grid spans at the start; default: its patches.
-        mask_ratio: least share of the patches that the masked pass of a training step leaves out.
+        num_layers: Blocks of encoder and decoder together; the encoder must have an even number of blocks.
+        num_decoder_layers: Blocks of the decoder.
+        position_extent: Coordinates that a side of the grid spans at initialisation; default: its number of patches.
+        mask_ratio: Minimum fraction of the patches that the masked pass of a training step leaves out.
+
+    The other arguments are those of `PatchDenoiser` and `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not divide, or conditions that contradict the mode.
+        ValueError: If sizes are not divisible, or conditions contradict the mode.
 
     Source: MDTv2; the disentangled mode from Berrada et al., 2024.
     """
@@ -102,6 +88,7 @@ class MDTDenoiser(PatchDenoiser):
     _no_split_modules = ("MDTBlock",)
     _repeated_blocks = ("MDTBlock",)
     _published_text_arguments = ("pooled_dim",)
+    _skip_connections = True
 
     @register_to_config
     def __init__(
@@ -116,14 +103,15 @@ class MDTDenoiser(PatchDenoiser):
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
-        conditioning: str = "disentangled",
+        conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
-        control_weight: str = "cosine",
+        control_weight: ControlWeight = "cosine",
         control_power: float = 1.0,
-        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
+        control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS,
+        control_route: ControlRoute = "norm",
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
         mask_ratio: float = 0.3,
@@ -135,9 +123,9 @@ class MDTDenoiser(PatchDenoiser):
         num_encoder_layers, odd = divmod(num_layers - num_decoder_layers, 2)
         if odd or num_encoder_layers < 0:
             raise ValueError(
-                f"`num_layers` {num_layers} less `num_decoder_layers` {num_decoder_layers} must be an even number ≥ 0."
+                f"`num_layers` {num_layers} - `num_decoder_layers` {num_decoder_layers} must be an even number ≥ 0."
             )
-        attends = conditioning == "disentangled" and (num_classes is not None or text_dim is not None)
+        attends = conditioning == "disentangled" and self.attends
         side = sample_size // patch_size
         block = (hidden_size, num_attention_heads, mlp_ratio, attends, qk_norm, side)
 
@@ -155,45 +143,38 @@ class MDTDenoiser(PatchDenoiser):
         initialize(self)
 
     def training_passes(
-        self, hidden_states: torch.Tensor, level: float, generator: torch.Generator
+        self, hidden_states: torch.Tensor, level: float, uniform: Callable[[int], torch.Tensor]
     ) -> list[dict[str, Any]]:
-        """The whole latents, and a random part of their patches; arguments as `Denoiser` says.
+        """One pass over the whole latents and one over a random part of their patches; see `Denoiser`.
 
         Source: MDTv2; the steps of the mask ratio are our choice.
         """
         rows, columns = (side // self.patch_size for side in hidden_states.shape[-2:])
         step = int(level * (MASK_RATIO_STEPS + 1))
-        noise = torch.rand(len(hidden_states), rows * columns, generator=generator, device=generator.device)
         ratio = self.config.mask_ratio + MASK_RATIO_SPAN * step / MASK_RATIO_STEPS
-        return [{}, {"mask_noise": noise, "num_kept": int(rows * columns * (1 - ratio))}]
+        return [{}, {"mask_noise": uniform(rows * columns), "num_kept": int(rows * columns * (1 - ratio))}]
 
     @staticmethod
     def check_mask(mask_noise: torch.Tensor | None, num_kept: int | None, shape: tuple[int, int]):
-        """Raise a ValueError where only one of the two is given, or they do not fit the (batch, tokens) patches."""
+        """Raise a ValueError if only one of the two is given, or they do not fit the (batch, tokens) patches."""
         if (mask_noise is None) != (num_kept is None):
-            raise ValueError(
-                "`mask_noise` and `num_kept` say together which patches are kept; one of them is missing."
-            )
+            raise ValueError("`mask_noise` and `num_kept` select the patches together; give both or neither.")
         if mask_noise is not None and tuple(mask_noise.shape) != shape:
-            raise ValueError(f"`mask_noise` is {tuple(mask_noise.shape)}; it must be {shape}, a number a patch.")
+            raise ValueError(f"`mask_noise` is {tuple(mask_noise.shape)}; it must be {shape}, one number per patch.")
         if num_kept is not None and not 1 <= num_kept <= shape[1]:
             raise ValueError(f"`num_kept` is {num_kept}; it must be from 1 to {shape[1]}.")
-
-    def enable_cache(self, config):
-        """Refuse: diffusers' caches skip blocks, which leaves the skip connections without an end."""
-        raise ValueError("an mDT's blocks are joined by skip connections; diffusers' caches do not fit it.")
 
     def resized_positions(
         self, sample_size: int, positions: PositionTransfer
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """The learned tables, interpolated to another latent size; they do not go on past their edge.
+        """The learned tables, interpolated to another latent size; they cannot be extrapolated.
 
         Raises:
-            ValueError: for `extrapolate`.
+            ValueError: If `positions` is `extrapolate`.
         """
         if positions == "extrapolate":
             raise ValueError(
-                "`positions` is 'extrapolate', but an mDT's positions are learned: they are interpolated."
+                "`positions` is 'extrapolate', but an mDT's positions are learned and can only be interpolated."
             )
         old, new = (size // self.config.patch_size for size in (self.config.sample_size, sample_size))
         tables = {
@@ -207,10 +188,14 @@ class MDTDenoiser(PatchDenoiser):
         }
         return {}, {**tables, **biases}
 
-    def positions_for(self, grid: tuple[int, int], positions: torch.Tensor) -> torch.Tensor:
-        """A learned table (tokens, dim) for a grid of patches, interpolated where it differs from that of training."""
+    def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The encoder's learned positions (rows · columns, dim) of a grid of patches."""
+        return self.fitted(self.positions, grid)
+
+    def fitted(self, table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """A learned table (tokens, dim), interpolated if the grid of patches differs from the grid at training."""
         side = self.config.sample_size // self.config.patch_size
-        return positions if grid == (side, side) else interpolate_grid(positions, (side, side), grid)
+        return table if grid == (side, side) else interpolate_grid(table, (side, side), grid)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -227,25 +212,24 @@ class MDTDenoiser(PatchDenoiser):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the objective's target; arguments and result as `Denoiser` says.
+        """Predict the objective's target; see `Denoiser` for arguments and result.
 
-        With `mask_noise` (batch, tokens) the encoder sees only the `num_kept` patches of least noise.
+        With `mask_noise` (batch, tokens) the encoder sees only the `num_kept` patches with the lowest noise.
         """
-        conditions = Conditioning(
-            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
-        )
-        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
-        self.check_mask(mask_noise, num_kept, (len(hidden_states), grid[0] * grid[1]))
+        # inputs: timestep (batch,), grid (rows, columns) of patches
+        semantic = (encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels)
+        timestep, conditions, grid = self.read_inputs(hidden_states, timestep, *semantic, control)
+        self.check_mask(mask_noise, num_kept, (hidden_states.shape[0], grid[0] * grid[1]))
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
+        embedding, context, context_mask = self.trunk(timestep, conditions)
         offsets = relative_offsets(*grid, hidden_states.device)  # (tokens, tokens)
 
         def run(block, hidden_states, offsets, skip=None):
             return self.run_block(block, hidden_states, embedding, context, context_mask, offsets, grid, skip)
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)
-        patches = hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid, self.positions)
+        patches = hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)
 
         # masking: (batch, tokens, dim) → (batch, kept, dim)
         kept, seen_offsets = None, offsets
@@ -254,7 +238,7 @@ class MDTDenoiser(PatchDenoiser):
             hidden_states = hidden_states.gather(1, kept[..., None].expand(-1, -1, hidden_states.shape[-1]))
             seen_offsets = offsets[kept[:, :, None], kept[:, None]]  # (batch, kept, kept)
 
-        # encoder: the second half joins what the first half made, last first
+        # encoder: the second half joins the states of the first half, last first
         skips = []
         for block in self.encoder_blocks:
             hidden_states = run(block, hidden_states, seen_offsets)
@@ -263,7 +247,7 @@ class MDTDenoiser(PatchDenoiser):
             hidden_states = run(block, hidden_states, seen_offsets, skips.pop())
 
         # side interpolater: (batch, kept, dim) → (batch, tokens, dim), which replaces masked patches only
-        decoder_positions = self.positions_for(grid, self.decoder_positions)
+        decoder_positions = self.fitted(self.decoder_positions, grid)
         if kept is None:
             hidden_states = hidden_states + decoder_positions
         else:

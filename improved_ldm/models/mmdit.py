@@ -9,9 +9,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser, PositionTransfer
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
+from improved_ldm.models.denoiser import GIVE_TOKENS
 from improved_ldm.models.layers import (
     Attention,
     JointAttention,
@@ -22,19 +22,21 @@ from improved_ldm.models.layers import (
     initialize,
     register_block,
 )
-from improved_ldm.models.positions import centre_crop, interpolate_grid
+from improved_ldm.models.patch_denoiser import PatchDenoiser
+from improved_ldm.models.published import PositionTable, PublishedMMDiT
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
 
 class MMDiTBlock(nn.Module):
-    """Joint attention of two streams, then a feed-forward of each; every stream is modulated by its own vectors.
+    """Joint attention of two streams, then a feed-forward for each; every stream is modulated by its own vectors.
 
     Args:
-        dim: channels of both streams.
-        num_heads: attention heads.
-        mlp_ratio: width of the feed-forward over `dim`.
-        qk_norm: RMS-normalise queries and keys.
-        context_pre_only: the context is read but not updated (the last block).
-        dual_attention: beside the joint attention, the image tokens attend to themselves alone.
+        dim: Channels of both streams.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the feed-forward divided by `dim`.
+        qk_norm: RMS-normalise queries and keys per head.
+        context_pre_only: Whether the context is read but not updated (the last block).
+        dual_attention: Whether the image tokens, besides joint attention, have an attention over themselves only.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MMDiTBlock(nn.Module):
             self.norm1_context(encoder_hidden_states, context_shift1, context_scale1),
             attention_mask,
         )
+        # addcmul(x, gate, y) is x + gate * y
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         if self.attn2 is not None:
             dual_shift, dual_scale, dual_gate = dual
@@ -95,43 +98,26 @@ class MMDiTBlock(nn.Module):
 register_block(MMDiTBlock, return_encoder_hidden_states_index=1)
 
 
-class MMDiTDenoiser(PatchDenoiser):
+class MMDiTDenoiser(PositionTable, PatchDenoiser):
     """mmDiT with text or classes, disentangled or as published.
 
     Args:
-        sample_size: latent pixels a side at training.
-        in_channels: latent channels.
-        out_channels: channels of the prediction.
-        patch_size: latent pixels a side of a patch.
-        hidden_size: channels of a token, divisible by `num_attention_heads` and 4.
-        num_layers: blocks.
-        num_attention_heads: heads.
-        mlp_ratio: width of the feed-forward over `hidden_size`.
-        qk_norm: RMS-normalise queries and keys.
-        conditioning: `disentangled` (timestep and control modulate, the context is semantic) or `published` (class or
-            pooled text is added to the timestep as well; no control).
-        num_classes: classes, or None.
-        num_class_tokens: context tokens a class gives.
-        text_dim: channels of the text tokens, or None.
-        pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
-        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
-        control_power: α of the cosine ramp.
-        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
-        num_train_timesteps: T.
-        position_extent: coordinates that a side of the grid, or of the table, spans; default: the grid's patches at
-            training.
-        position_table_size: positions a side of a table whose centre a grid takes, as in Stable Diffusion 3; by
-            default every grid spans the whole extent.
-        dual_attention_layers: blocks whose image tokens also attend to themselves alone, as in Stable Diffusion 3.5.
+        position_extent: Coordinates that a side of the grid, or of the table, spans; default: the number of patches
+            per side at training.
+        dual_attention_layers: Indices of the blocks with `dual_attention`, as in Stable Diffusion 3.5.
+        published: Fields of `PublishedMMDiT`, or None.
+
+    The other arguments are those of `PatchDenoiser` and `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not divide, or a model without context.
+        ValueError: If sizes are not divisible, or the model has no context.
 
     Source: Stable Diffusion 3; the disentangled mode from Berrada et al., 2024.
     """
 
     _no_split_modules = ("MMDiTBlock",)
     _repeated_blocks = ("MMDiTBlock",)
+    published_form = PublishedMMDiT
 
     @register_to_config
     def __init__(
@@ -145,23 +131,24 @@ class MMDiTDenoiser(PatchDenoiser):
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
-        conditioning: str = "disentangled",
+        conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
-        control_weight: str = "cosine",
+        control_weight: ControlWeight = "cosine",
         control_power: float = 1.0,
-        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
+        control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS,
+        control_route: ControlRoute = "norm",
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
-        position_table_size: int | None = None,
         dual_attention_layers: tuple[int, ...] = (),
+        published: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.check_sizes()
-        if num_classes is None and text_dim is None:
-            raise ValueError("an mmDiT needs a context: set `num_classes` or `text_dim`.")
+        if not self.attends:
+            raise ValueError(f"an mmDiT needs a context: {GIVE_TOKENS}.")
         self.trunk = self.make_trunk(attends=True)
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
         self.register_positions()
@@ -180,44 +167,6 @@ class MMDiTDenoiser(PatchDenoiser):
         self.gradient_checkpointing = False
         initialize(self)
 
-    def register_positions(self):
-        """Keep the position embeddings of the table, where there is one, or of the configured latent size."""
-        side = self.config.position_table_size or self.config.sample_size // self.config.patch_size
-        self.register_buffer("positions", self.computed_positions(side, side))
-
-    def resized_positions(
-        self, sample_size: int, positions: PositionTransfer
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Config values and tensors of positions for another latent size; a table is made denser, or cropped less.
-
-        Raises:
-            ValueError: for a table that is too small, or would not keep its centre.
-        """
-        side = self.config.position_table_size
-        if side is None:
-            return super().resized_positions(sample_size, positions)
-        old, new = (size // self.config.patch_size for size in (self.config.sample_size, sample_size))
-        extent = self.config.position_extent or old
-        if positions in ("extrapolate", "keep"):
-            centre_crop(self.positions, new, new)  # raises if it is too small
-            return {"position_extent": extent}, {"positions": self.positions.clone()}
-        new_side, remainder = divmod(side * sample_size, self.config.sample_size)
-        if remainder or (side - old) % 2 or (new_side - new) % 2:
-            raise ValueError(
-                f"a table of {side} positions a side around {old} patches does not become one around {new} with the "
-                f"same centre."
-            )
-        config = {"position_extent": extent, "position_table_size": new_side}
-        if positions == "resample":
-            return config, {}
-        return config, {"positions": interpolate_grid(self.positions, (side, side), (new_side, new_side))}
-
-    def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (rows · columns, dim) of a grid of patches."""
-        if self.config.position_table_size is None:
-            return super().positions_for(grid)
-        return centre_crop(self.positions, *grid)
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -231,14 +180,13 @@ class MMDiTDenoiser(PatchDenoiser):
         attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the objective's target; arguments and result as `Denoiser` says."""
-        conditions = Conditioning(
-            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
-        )
-        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
+        """Predict the objective's target; see `Denoiser` for arguments and result."""
+        # inputs: timestep (batch,), grid (rows, columns) of patches
+        semantic = (encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels)
+        timestep, conditions, grid = self.read_inputs(hidden_states, timestep, *semantic, control)
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions)
+        embedding, context, context_mask = self.trunk(timestep, conditions)
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)
         hidden_states = self.patch_embedding(hidden_states) + self.positions_for(grid)

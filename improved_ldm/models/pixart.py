@@ -10,9 +10,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import PatchDenoiser
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
+from improved_ldm.models.denoiser import GIVE_TOKENS
 from improved_ldm.models.layers import (
     Attention,
     ModulatedNorm,
@@ -23,17 +23,19 @@ from improved_ldm.models.layers import (
     initialize,
     register_block,
 )
-from improved_ldm.models.trunk import SizeEmbedding
+from improved_ldm.models.patch_denoiser import PatchDenoiser
+from improved_ldm.models.published import PublishedPixArt, SizeEmbedding
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
 
 class PixArtBlock(nn.Module):
-    """Self-attention, cross-attention to the semantic tokens, feed-forward; modulated by shared vectors plus a table.
+    """Self-attention, cross-attention to context tokens and feed-forward, modulated by shared vectors plus a table.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: width of the feed-forward over `dim`.
-        qk_norm: RMS-normalise queries and keys.
+        dim: Channels.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the feed-forward divided by `dim`.
+        qk_norm: RMS-normalise queries and keys per head.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
@@ -41,12 +43,12 @@ class PixArtBlock(nn.Module):
         self.modulation = TableModulation(dim, 6)
         self.norm1 = ModulatedNorm(dim)
         self.attn1 = Attention(dim, num_heads, qk_norm)
-        self.attn2 = Attention(dim, num_heads, qk_norm)
+        self.attn2 = Attention(dim, num_heads, qk_norm, is_cross_attention=True)
         self.norm2 = ModulatedNorm(dim)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
 
     def zero_start(self):
-        """Let the semantic tokens change nothing until they are trained."""
+        """Make the context tokens contribute nothing until they are trained."""
         nn.init.zeros_(self.attn2.to_out[0].weight)
 
     def forward(
@@ -59,6 +61,7 @@ class PixArtBlock(nn.Module):
         # (batch, tokens, dim), (batch, 6, dim), (batch, context, dim), (batch, 1, 1, context) → (batch, tokens, dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vectors)
         attended = self.attn1(self.norm1(hidden_states, shift1, scale1))
+        # addcmul(x, gate, y) is x + gate * y
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         hidden_states = hidden_states + self.attn2(hidden_states, encoder_hidden_states, encoder_attention_mask)
         return torch.addcmul(hidden_states, gate2, self.ff(self.norm2(hidden_states, shift2, scale2)))
@@ -71,31 +74,12 @@ class PixArtDenoiser(PatchDenoiser):
     """PixArt-α with text or classes, disentangled or as published.
 
     Args:
-        sample_size: latent pixels a side at training.
-        in_channels: latent channels.
-        out_channels: channels of the prediction; twice `in_channels` where the variance is learned.
-        patch_size: latent pixels a side of a patch.
-        hidden_size: channels of a token, divisible by `num_attention_heads` and 4.
-        num_layers: blocks.
-        num_attention_heads: heads.
-        mlp_ratio: width of the feed-forward over `hidden_size`.
-        qk_norm: RMS-normalise queries and keys.
-        conditioning: `disentangled` (timestep and control modulate) or `published` (the timestep modulates, and the
-            sizes where `size_conditions` is set).
-        num_classes: classes, or None.
-        num_class_tokens: tokens a class gives.
-        text_dim: channels of the text tokens, or None.
-        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
-        control_power: α of the cosine ramp.
-        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
-        num_train_timesteps: T.
-        position_extent: coordinates that a side of the grid spans; default: its patches at training.
-        num_null_tokens: tokens of the null text: 1 for any position, or one a position as published (120).
-        size_conditions: add resolution and aspect ratio to the timestep in the published mode, as the published
-            1024-pixel model does.
+        published: Fields of `PublishedPixArt`, or None.
+
+    The other arguments are those of `PatchDenoiser` and `Denoiser`.
 
     Raises:
-        ValueError: for sizes that do not divide, a model without semantic tokens, or `size_conditions` in the
+        ValueError: If sizes are not divisible, there are no tokens to attend to, or `size_conditions` is set in the
             disentangled mode.
 
     Source: PixArt-α; the disentangled mode from Berrada et al., 2024.
@@ -104,6 +88,7 @@ class PixArtDenoiser(PatchDenoiser):
     _no_split_modules = ("PixArtBlock",)
     _repeated_blocks = ("PixArtBlock",)
     _published_text_arguments = ("text_dim",)
+    published_form = PublishedPixArt
 
     @register_to_config
     def __init__(
@@ -117,28 +102,29 @@ class PixArtDenoiser(PatchDenoiser):
         num_attention_heads: int = 16,
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
-        conditioning: str = "disentangled",
+        conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
         text_dim: int | None = None,
-        control_weight: str = "cosine",
+        control_weight: ControlWeight = "cosine",
         control_power: float = 1.0,
-        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
+        control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS,
+        control_route: ControlRoute = "norm",
         num_train_timesteps: int = 1000,
         position_extent: float | None = None,
-        num_null_tokens: int = 1,
-        size_conditions: bool = False,
+        published: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.check_sizes()
-        if num_classes is None and text_dim is None:
-            raise ValueError("a PixArt attends to semantic tokens: set `num_classes` or `text_dim`.")
+        if not self.attends:
+            raise ValueError(f"a PixArt attends to tokens: {GIVE_TOKENS}.")
+        form = self.published
         self.trunk = self.make_trunk(
             attends=True,
             text_projection=None if text_dim is None else PixArtAlphaTextProjection(text_dim, hidden_size),
             embeds_class=False,
-            added_embedding=SizeEmbedding(hidden_size) if size_conditions else None,
-            num_null_tokens=num_null_tokens,
+            added_embedding=SizeEmbedding(hidden_size) if form.size_conditions else None,
+            num_null_tokens=form.num_null_tokens,
         )
         self.modulation = Modulation(hidden_size, 6)
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)
@@ -164,19 +150,18 @@ class PixArtDenoiser(PatchDenoiser):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the objective's target; arguments and result as `Denoiser` says.
+        """Predict the objective's target; see `Denoiser` for arguments and result.
 
         `added_cond_kwargs` may give the published model's sizes as numbers, in place of the control: `resolution`
-        (batch, 2) pixels and `aspect_ratio` (batch, 1), height over width.
+        (batch, 2) in pixels and `aspect_ratio` (batch, 1), height divided by width.
         """
-        conditions = Conditioning(
-            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
-        )
-        grid = self.check_inputs(hidden_states, conditions)  # (rows, columns) of patches
+        # inputs: timestep (batch,), grid (rows, columns) of patches
+        semantic = (encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels)
+        timestep, conditions, grid = self.read_inputs(hidden_states, timestep, *semantic, control)
         sizes = self.added_sizes(added_cond_kwargs, ("resolution", "aspect_ratio"), control)
 
         # conditions: embedding (batch, dim), context (batch, context, dim), context_mask (batch, 1, 1, context)
-        embedding, context, context_mask = self.trunk(hidden_states, timestep, conditions, sizes)
+        embedding, context, context_mask = self.trunk(timestep, conditions, **sizes)
         vectors = torch.cat(self.modulation(embedding), dim=1)  # (batch, 6, dim)
 
         # patches: (batch, channels, height, width) → (batch, tokens, dim)

@@ -1,23 +1,27 @@
-"""Where a patch is: sin-cos and learned position embeddings on a grid, and biases of relative positions."""
+"""Positions of patches: sin-cos and learned position embeddings on a grid, and relative position biases."""
+
+from typing import Literal
 
 import torch
 from torch import nn
+
+PositionTransfer = Literal["resample", "interpolate", "extrapolate", "keep"]
 
 
 def sincos_grid(height: int, width: int, dim: int, extent: float) -> torch.Tensor:
     """Fixed position embeddings of a grid of patches.
 
-    Each side of the grid spans the coordinates [0, `extent`), whatever its number of patches. So a denser grid
+    Each side of the grid spans the coordinates [0, `extent`), regardless of its number of patches. So a denser grid
     resamples the positions of a coarser one instead of extending them.
 
     Args:
-        height: patches down.
-        width: patches across.
-        dim: channels, divisible by 4; the first half encodes the column, the second half the row.
-        extent: length of a side in coordinates; the published models use the patches a side at training.
+        height: Number of rows of patches.
+        width: Number of columns of patches.
+        dim: Channels, divisible by 4; the first half encodes the column, the second half the row.
+        extent: Length of a side in coordinates; the published models use the number of patches per side at training.
 
     Returns:
-        (height · width, dim) float32 on the CPU, rows of the grid one after the other.
+        (height · width, dim) float32 on the CPU, in row-major order.
 
     Source: DiT; the common coordinate range from PixArt-α and Berrada et al., 2024.
     """
@@ -38,15 +42,15 @@ def centre_crop(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The embeddings of the centre of a square table of positions.
 
     Args:
-        table: (side², dim), rows of the grid one after the other.
-        height: patches down, at most `side`.
-        width: patches across, at most `side`.
+        table: (side², dim), in row-major order.
+        height: Number of rows of patches, at most `side`.
+        width: Number of columns of patches, at most `side`.
 
     Returns:
         (height · width, dim).
 
     Raises:
-        ValueError: for a grid that is larger than the table.
+        ValueError: If the grid is larger than the table.
 
     Source: Stable Diffusion 3.
     """
@@ -60,18 +64,18 @@ def centre_crop(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def interpolate_grid(
     table: torch.Tensor, from_size: tuple[int, int], to_size: tuple[int, int], **kwargs
 ) -> torch.Tensor:
-    """A learned table of a grid, interpolated to another grid.
+    """A learned table of positions on a grid, interpolated to another grid.
 
     Args:
-        table: (height · width, channels), rows of the grid one after the other.
+        table: (height · width, channels), in row-major order.
         from_size: (height, width) of the table.
         to_size: (height, width) of the result.
-        kwargs: of `nn.functional.interpolate`.
+        kwargs: Further arguments of `nn.functional.interpolate`.
 
     Returns:
         (height · width, channels).
 
-    Source: bicubic, as vision transformers are commonly moved; our choice.
+    Source: bicubic, as is common for vision transformers; our choice.
     """
     grid = table.view(1, *from_size, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid.float(), to_size, mode="bicubic", **kwargs).to(table.dtype)
@@ -79,35 +83,37 @@ def interpolate_grid(
 
 
 class RelativePositionBias(nn.Module):
-    """What attention adds for the offset between two patches, learned a head.
+    """Learned attention bias for the offset between two patches, per head.
 
     Args:
-        num_heads: attention heads.
-        side: patches a side at training.
+        num_heads: Attention heads.
+        side: Patches per side at training.
 
-    Source: BEiT, MDTv2; the last three rows, for a class token that is not there, are kept for its weights' sake.
+    Source: BEiT, MDTv2. The last three rows are for a class token. These models have none, but the published weights
+    have the rows.
     """
 
     def __init__(self, num_heads: int, side: int):
         super().__init__()
         self.side = side
         self.table = nn.Parameter(torch.empty((2 * side - 1) ** 2 + 3, num_heads))
-        self.zero_start()
+        self.reset_parameters()
 
-    def zero_start(self):
-        """Start from small random biases."""
+    def reset_parameters(self):
+        """Set small random biases."""
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of other patches.
+        """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of another size.
 
-        The farthest offsets of the two grids are the same; so those between double by a little less than the patches.
+        The largest offsets of both grids are aligned; so the step between offsets shrinks by slightly less than the
+        number of patches per side grows.
         """
         trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
         return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
 
     def resized(self, side: int) -> torch.Tensor:
-        """The table for a grid of `side` patches a side."""
+        """The table for a grid of `side` patches per side."""
         return torch.cat([self.interpolated((side, side)), self.table[-3:]])
 
     def forward(self, offsets: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -117,7 +123,7 @@ class RelativePositionBias(nn.Module):
 
 
 def relative_offsets(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Index (tokens, tokens) of the offset between each two patches of a grid in a table of all offsets."""
+    """For each pair of patches of a grid, the index (tokens, tokens) of their offset in a table of all offsets."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     down = row[:, None] - row + rows - 1

@@ -10,17 +10,18 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2DCrossAttn, get_d
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from improved_ldm.conditioning.control import CONTROL_PARTS, ControlPart
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.layers import AttentionProcessor
-from improved_ldm.models.trunk import ConditioningTrunk, PooledEmbedding
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
+from improved_ldm.models.denoiser import GIVE_TOKENS, Denoiser
+from improved_ldm.models.layers import AttentionProcessor, project
+from improved_ldm.models.published import PooledEmbedding, PublishedUNet, make_trunk
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute, TrunkSpec
 
 GROUP_NORM_EPS = 1e-5
 
 
 class UNetAttentionProcessor(AttentionProcessor):
-    """Attention of diffusers' UNet blocks through diffusers' choice of backends."""
+    """Attention of diffusers' UNet blocks, on the attention backends of diffusers."""
 
     def __call__(
         self,
@@ -32,8 +33,7 @@ class UNetAttentionProcessor(AttentionProcessor):
         # (batch, tokens, dim), (batch, context, token_dim), (batch, 1, context) bool → (batch, tokens, dim)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            project(states).unflatten(-1, (attn.heads, -1))
-            for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+            states.unflatten(-1, (attn.heads, -1)) for states in project(attn, hidden_states, context)
         )
         attention_mask = None if attention_mask is None else attention_mask[:, None]
         return attn.to_out[0](self.attend(query, key, value, attention_mask))
@@ -43,41 +43,32 @@ class UNetDenoiser(Denoiser):
     """The UNet of LDM and SDXL with text or classes, disentangled or as published, on diffusers' blocks.
 
     Args:
-        sample_size: latent pixels a side at training.
-        in_channels: latent channels.
-        out_channels: channels of the prediction.
-        block_out_channels: channels of each level; the resolution halves from one to the next.
-        down_block_types: diffusers' block of each level on the way down.
-        up_block_types: diffusers' block of each level on the way up.
-        layers_per_block: residual blocks a level.
-        transformer_layers_per_block: transformer blocks behind each residual block, a level.
-        num_attention_heads: heads, a level.
-        use_linear_projection: project to the transformer blocks by linear layers, as SDXL does, not convolutions.
-        norm_num_groups: groups of the group norms.
-        conditioning: `disentangled` (timestep and control embedded) or `published` (pooled text and sizes added to the
-            timestep).
-        num_classes: classes, or None.
-        num_class_tokens: tokens a class gives.
-        text_dim: channels of the text tokens, or None; class tokens have those of the deepest level.
-        pooled_dim: channels of the pooled text that the published mode adds to the timestep, or None.
-        size_features: sinusoidal features of each size that the published mode adds to the timestep; 0 adds none, as
-            in LDM.
-        control_weight: kind of γ_c: `cosine`, `linear`, `constant`, `zero`.
-        control_power: α of the cosine ramp.
-        control_parts: of the control that the disentangled mode reads: `size`, `crop`, `flip`; none reads no control.
-        num_train_timesteps: T.
+        block_out_channels: Channels per level; the resolution halves from one level to the next.
+        down_block_types: Class of diffusers' block per level on the way down.
+        up_block_types: Class of diffusers' block per level on the way up.
+        layers_per_block: Residual blocks per level.
+        transformer_layers_per_block: Transformer blocks after each residual block, per level.
+        num_attention_heads: Heads per level.
+        use_linear_projection: Whether linear layers project to the transformer blocks, as in SDXL, or convolutions.
+        norm_num_groups: Groups of the group norms.
+        text_dim: Channels of the text tokens, or None; class tokens have the channels of the deepest level.
+        published: Fields of `PublishedUNet`, or None.
+
+    The other arguments are those of `Denoiser`.
 
     Raises:
-        ValueError: for a model without semantic tokens, or conditions that contradict the mode.
+        ValueError: If there are no tokens to attend to, or conditions contradict the mode.
 
     Source: SDXL; the disentangled mode from Berrada et al., 2024.
     """
 
     component = "unet"
+    published_form = PublishedUNet
 
     _no_split_modules = ("BasicTransformerBlock", "ResnetBlock2D")
     _repeated_blocks = ("BasicTransformerBlock",)
     _skip_layerwise_casting_patterns = ("trunk", "norm")
+    _skip_connections = True
 
     @register_to_config
     def __init__(
@@ -93,37 +84,36 @@ class UNetDenoiser(Denoiser):
         num_attention_heads: tuple[int, ...] = (5, 10, 20),
         use_linear_projection: bool = True,
         norm_num_groups: int = 32,
-        conditioning: str = "disentangled",
+        conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
-        size_features: int = 256,
-        control_weight: str = "cosine",
+        control_weight: ControlWeight = "cosine",
         control_power: float = 1.0,
-        control_parts: tuple[ControlPart, ...] = CONTROL_PARTS,
+        control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS,
+        control_route: ControlRoute = "norm",
         num_train_timesteps: int = 1000,
+        published: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if num_classes is None and text_dim is None:
-            raise ValueError("a UNet attends to semantic tokens: set `num_classes` or `text_dim`.")
+        if not self.attends:
+            raise ValueError(f"a UNet attends to tokens: {GIVE_TOKENS}.")
         channels, embedding_dim, token_dim = (
             block_out_channels,
             4 * block_out_channels[0],
             text_dim or block_out_channels[-1],
         )
+        size_features = self.published.size_features
         adds = pooled_dim is not None or (conditioning == "published" and size_features > 0)
-        self.trunk = ConditioningTrunk(
+        self.trunk = make_trunk(
             self.config,
-            embedding_dim,
-            token_dim,
-            attends=True,
+            TrunkSpec(embedding_dim, token_dim, attends=True, timestep_features=channels[0]),
             text_projection=nn.Identity(),
             embeds_class=False,
             added_embedding=PooledEmbedding(embedding_dim, pooled_dim, size_features) if adds else None,
-            timestep_features=channels[0],
         )
-        level = {  # what diffusers' blocks have in common
+        level = {  # arguments that diffusers' blocks share
             "temb_channels": embedding_dim,
             "cross_attention_dim": token_dim,
             "resnet_eps": GROUP_NORM_EPS,
@@ -178,7 +168,7 @@ class UNetDenoiser(Denoiser):
 
     @property
     def patch_size(self) -> int:
-        """1: latents of every size are taken."""
+        """1: latents can have any size."""
         return 1
 
     @property
@@ -189,10 +179,6 @@ class UNetDenoiser(Denoiser):
             f"levels of {', '.join(map(str, config.block_out_channels))} channels with "
             f"{', '.join(map(str, config.transformer_layers_per_block))} transformer blocks"
         )
-
-    def enable_cache(self, config):
-        """Refuse: diffusers' caches skip blocks, which leaves the skip connections without an end."""
-        raise ValueError("a UNet's blocks are joined by skip connections; diffusers' caches do not fit it.")
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -208,24 +194,22 @@ class UNetDenoiser(Denoiser):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the objective's target; arguments and result as `Denoiser` says.
+        """Predict the objective's target; see `Denoiser` for arguments and result.
 
         `added_cond_kwargs` may give the published model's pooled text and sizes under diffusers' names:
         `text_embeds` (batch, pooled_dim), and `time_ids` (batch, 6) in place of the control.
         """
         if added_cond_kwargs is not None and "text_embeds" in added_cond_kwargs:
             if pooled_projections is not None:
-                raise ValueError("`pooled_projections` and `text_embeds` are both given; give the pooled text once.")
+                raise ValueError("`pooled_projections` and `text_embeds` are both given; give one of them.")
             added_cond_kwargs = dict(added_cond_kwargs)
             pooled_projections = added_cond_kwargs.pop("text_embeds")
-        conditions = Conditioning(
-            encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels, control
-        )
-        self.check_inputs(hidden_states, conditions)
+        semantic = (encoder_hidden_states, encoder_attention_mask, pooled_projections, class_labels)
+        timestep, conditions, _ = self.read_inputs(hidden_states, timestep, *semantic, control)
         sizes = self.added_sizes(added_cond_kwargs or None, ("time_ids",), control)
 
         # conditions: embedding (batch, 4 · channels), context (batch, context, token_dim), mask (batch, 1, context)
-        embedding, context, mask = self.trunk(hidden_states, timestep, conditions, sizes)
+        embedding, context, mask = self.trunk(timestep, conditions, **sizes)
         semantic = {"encoder_hidden_states": context, "encoder_attention_mask": None if mask is None else mask[:, 0]}
 
         # down: (batch, channels, height, width) → (batch, deepest channels, height / 2^levels, width / 2^levels)
@@ -238,10 +222,10 @@ class UNetDenoiser(Denoiser):
         # middle
         hidden_states = self.mid_block(hidden_states, embedding, **semantic)
 
-        # up: every residual block joins what its counterpart on the way down made
+        # up: every residual block joins the states of its counterpart on the way down
         for block in self.up_blocks:
             joined = tuple(skips.pop() for _ in block.resnets)[::-1]
-            size = skips[-1].shape[-2:] if skips else None  # an odd side does not double
+            size = skips[-1].shape[-2:] if skips else None  # doubling does not give an odd side
             hidden_states = block(
                 hidden_states, joined, embedding, upsample_size=size, **(semantic if attends(block) else {})
             )
@@ -252,5 +236,5 @@ class UNetDenoiser(Denoiser):
 
 
 def attends(block: nn.Module) -> bool:
-    """Whether a block of diffusers reads semantic tokens."""
+    """Whether a block of diffusers attends to context tokens."""
     return getattr(block, "has_cross_attention", False)

@@ -1,4 +1,4 @@
-"""The models of a run, loaded or made as its configuration says."""
+"""The models of a run, loaded or built according to its configuration."""
 
 import contextlib
 import inspect
@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPTextModel,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5EncoderModel,
@@ -19,38 +20,48 @@ from transformers import AutoModel as AutoTransformersModel
 from transformers.utils import logging as transformers_logging
 
 from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.conditioning.text import text_positions
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.diffusion.objectives import Objective, make_objective
-from improved_ldm.embedded import resolve
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.presets import denoiser_class, make_denoiser
+from improved_ldm.models.family import check_options, denoiser_class, make_denoiser
+from improved_ldm.naming import loading
+from improved_ldm.places import resolve
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
 
-# model type → the class that is the text tower alone
+# model type → class of the text tower alone
 TEXT_TOWERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
 
 
 def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
-    """The autoencoder, frozen."""
-    vae = AutoModel.from_pretrained(resolve(config.pretrained), subfolder=config.subfolder or "", use_safetensors=True)
+    """Load the autoencoder, with its weights frozen."""
+    with loading("autoencoder.pretrained", config.pretrained):
+        source, subfolder = resolve(config.pretrained), config.subfolder or ""
+        vae = AutoModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
     return vae.requires_grad_(False).eval()
 
 
 def load_text_encoder(config: TextConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the text encoder, frozen.
+    """Load the tokenizer and the text encoder, with its weights frozen.
 
     Raises:
         ValueError: if the encoder has fewer positions than `max_tokens`.
     """
-    place = resolve(config.pretrained)
-    encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(place).model_type, AutoTransformersModel)
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    with _quiet_transformers():  # it reports the weights of the image tower, which is left out on purpose
-        text_encoder = encoder_class.from_pretrained(place, use_safetensors=True)
-    positions = getattr(text_encoder.config, "max_position_embeddings", None)
-    if positions is not None and config.max_tokens > positions:
-        raise ValueError(f"`text.max_tokens` is {config.max_tokens}; {config.pretrained} has {positions} positions.")
+    with loading("text.pretrained", config.pretrained):
+        source = resolve(config.pretrained)
+        encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(source).model_type, AutoTransformersModel)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        with _quiet_transformers():  # it would report the weights of the image tower as unused
+            text_encoder = encoder_class.from_pretrained(source, use_safetensors=True)
+    check_max_tokens(config, text_encoder.config)
     return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+def check_max_tokens(config: TextConfig, encoder: PretrainedConfig):
+    """Raise a ValueError if prompts have more tokens than a text encoder has positions."""
+    positions = text_positions(encoder)
+    if config.max_tokens > positions:
+        raise ValueError(f"`text.max_tokens` is {config.max_tokens}; {config.pretrained} has {positions} positions.")
 
 
 @contextlib.contextmanager
@@ -66,16 +77,16 @@ def _quiet_transformers():
 
 
 def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None) -> Denoiser:
-    """The denoiser that a run begins with, for the latents of an autoencoder.
+    """The denoiser that a run starts with, for the latents of an autoencoder.
 
     Args:
-        config: the run.
-        vae: whose latents it reads.
+        config: configuration of the run.
+        vae: autoencoder whose latents the denoiser reads.
         conditions: `num_classes`, or `text_dim` and `pooled_dim`.
 
     Raises:
-        ValueError: if the resolution does not divide into latent patches, an option is not one, or a pretrained
-            denoiser is made for something else.
+        ValueError: if the resolution does not divide into latent patches, an option does not exist, or a pretrained
+            denoiser does not suit the run.
     """
     factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
     if config.denoiser.pretrained is not None:
@@ -89,27 +100,27 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,
         "control_parts": config.denoiser.control_parts,
+        "control_route": config.denoiser.control_route,
         **conditions,
     }
-    known = inspect.signature(denoiser_class(config.denoiser.name)).parameters
-    options = dict(config.denoiser.options)
-    if "qk_norm" in known and config.denoiser.conditioning == "disentangled":
+    options = check_options(config.denoiser.name, config.denoiser.options)
+    has_qk_norm = "qk_norm" in inspect.signature(denoiser_class(config.denoiser.name)).parameters
+    if has_qk_norm and config.denoiser.conditioning == "disentangled":
         options.setdefault("qk_norm", True)
-    for option in options:
-        if option in arguments or option not in known:
-            valid = ", ".join(sorted(known.keys() - arguments.keys()))
-            raise ValueError(f"`denoiser.options` has {option!r}; it may have {valid}.")
     denoiser = make_denoiser(config.denoiser.name, config.denoiser.size, **arguments, **options)
-    multiple = factor * denoiser.patch_size
-    if config.transform.resolution % multiple:
-        raise ValueError(
-            f"`transform.resolution` is {config.transform.resolution}; it must be a multiple of {multiple} pixels."
-        )
+    check_resolution(config, factor * denoiser.patch_size)
     return denoiser
 
 
+def check_resolution(config: RunConfig, multiple: int, what: str = "`transform.resolution`"):
+    """Raise a ValueError if a resolution does not divide into latent patches of `multiple` pixels."""
+    resolution = config.transform.resolution
+    if resolution % multiple:
+        raise ValueError(f"{what} is {resolution}; it must be a multiple of {multiple} pixels.")
+
+
 def build_objective(config: RunConfig) -> Objective:
-    """The objective of a run; beside a pretrained denoiser lies the schedule that it was trained with.
+    """The objective of a run; a pretrained denoiser brings the noise schedule that it was trained with.
 
     Raises:
         ValueError: if that denoiser predicts something else.
@@ -118,23 +129,24 @@ def build_objective(config: RunConfig) -> Objective:
     if config.denoiser.pretrained is None:
         return objective
     file = Path(config.denoiser.pretrained) / "scheduler" / "scheduler_config.json"
-    return objective.with_schedule(json.loads(file.read_text())) if file.is_file() else objective
+    return objective.with_schedule(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else objective
 
 
 def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:
     """A trained or converted denoiser.
 
     Raises:
-        ValueError: where its config differs from what the run needs.
+        ValueError: if its config differs from what the run needs.
     """
-    denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "", use_safetensors=True)
+    with loading("denoiser.pretrained", config.pretrained):
+        denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "", use_safetensors=True)
     needed["conditioning"] = config.conditioning
     for name, value in needed.items():
         if denoiser.config.get(name) != value:
             raise ValueError(
                 f"`{name}` of the denoiser in {config.pretrained} is {denoiser.config.get(name)!r}; the run needs "
                 f"{value!r}. `improved_ldm.transfer` moves a denoiser to another resolution or other conditions, "
-                f"`improved_ldm.convert.disentangle` to the disentangled mode."
+                f"`improved_ldm.convert.disentangle` converts it to the disentangled mode."
             )
     return denoiser
 

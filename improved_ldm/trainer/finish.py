@@ -3,51 +3,52 @@
 import itertools
 import json
 import resource
-import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from improved_ldm.evaluation.meaning import judged_notes
 from improved_ldm.evaluation.obedience import evaluate_obedience, open_judged
 from improved_ldm.hub.adapter_card import adapter_usage_lines, write_adapter_card
-from improved_ldm.hub.card import forget_evaluation, usage_lines, write_card
+from improved_ldm.hub.card import forget_evaluation, skipped_text, usage_lines, write_card
 from improved_ldm.hub.export import export_code
-from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
+from improved_ldm.places import shareable_place
 from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
-from improved_ldm.trainer.grids import draw_control, draw_grid
-from improved_ldm.trainer.reports import plot_loss, read_history
+from improved_ldm.trainer.checkpoints import CONFIG, HISTORY, kept_file, newest_whole, read_record, skipped_rows_of_run
+from improved_ldm.trainer.grids import sample_control_grid, sample_grid
+from improved_ldm.trainer.reports import count_skipped, last_loss, plot_loss, read_history
 from improved_ldm.trainer.run import Run
+
+SAMPLES, CONTROL = "samples.png", "control.png"
 
 
 def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: float):
-    """Save the pipeline and everything that describes it, on the main process, and say how to use it.
+    """Save the pipeline and everything that describes it, on the main process, and print how to use it.
 
     Args:
         run: configuration, folder and processes.
-        pipeline: with the averaged denoiser; of one with an adapter, that alone is saved.
+        pipeline: pipeline with the averaged denoiser; if it has an adapter, only the adapter is saved.
         grid_rows: prompts or class labels of the sample grid.
-        started: `time.perf_counter()` when the script began.
+        started: `time.perf_counter()` when the script started; the time before a resume is added.
     """
     if not run.accelerator.is_main_process:
         return
     folder, config = run.folder, run.config.model_dump(mode="json")
     forget_evaluation(folder)
     save_trained(pipeline, folder)
-    history = read_history(folder / "history.jsonl")
+    history = read_history(folder / HISTORY, run.say)
     if history:
         plot_loss(history, folder / "loss.png")
-    run.say("drawing samples")
-    draw_grid(pipeline, grid_rows, run.config.seed, folder / "samples.png")
-    adapter = bool(pipeline.get_list_adapters())
-    control = None if adapter else draw_control(pipeline, grid_rows[0], run.config.seed, folder / "control.png")
-    judged = open_judged(run.config.evaluation.judge, run.config.data.source, pipeline.default_size, run.say)
-    obedience = {}
-    if judged is not None:
-        run.say("judging samples")
-        obedience = evaluate_obedience(pipeline, *judged, **run.config.evaluation.counts, seed=run.config.seed)
+    picture, control, obedience = _look(run, pipeline, grid_rows)
     metrics = {
         "command": launch_command(),
-        "loss": history[-1]["loss"] if history else None,
-        "images_seen": run.config.training.steps * run.images_per_step,
+        "loss": last_loss(history),
+        "skipped_steps": count_skipped(history),
+        **_images_seen(run),
+        "skipped_rows": skipped_rows_of_run(folder),
         "parameters": _trained_parameters(pipeline),
         "guidance_scale": pipeline.config.default_guidance_scale,
         "num_inference_steps": pipeline.config.default_num_inference_steps,
@@ -56,18 +57,51 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
         "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
         "device": device_name(run.accelerator.device),
         "libraries": library_versions(),
+        "judge": shareable_place(run.config.evaluation.judge) if obedience else None,
         "obedience": obedience,
+        "notes": judged_notes(obedience),
     }
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    metrics["seconds"] = round(run.clock.seconds(started), 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
+    adapter = bool(pipeline.get_list_adapters())
     write = write_adapter_card if adapter else partial(write_card, control_picture=control and control.name)
-    write(folder, pipeline, config, metrics, grid_rows[0], "samples.png")
-    write_json(folder / "metrics.json", metrics)  # last: with it the run is finished
-    run.say(json.dumps({key: metrics[key] for key in ("loss", "obedience", "seconds", "peak_memory_gb")}, indent=2))
+    write(folder, pipeline, config, metrics, grid_rows[0], picture and picture.name)
+    write_json(folder / "metrics.json", metrics)  # last, because it marks the run as finished
+    if metrics["skipped_rows"]:
+        run.say(f"rows of the set that were skipped: {skipped_text(metrics['skipped_rows'])}")
+    shown = ("loss", "obedience", "notes", "seconds", "peak_memory_gb")
+    run.say(json.dumps({key: metrics[key] for key in shown}, indent=2))
     what = "adapter" if adapter else "pipeline"
-    run.say(f"\n{folder}/ holds the {what}, samples.png, metrics.json, loss.png and README.md. To use it:\n")
+    samples = f"{SAMPLES}, " * bool(picture)
+    run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, loss.png and README.md. To use it:\n")
     usage = partial(adapter_usage_lines, config["base"]) if adapter else usage_lines
     run.say(usage(folder.as_posix(), pipeline, grid_rows[0]))
+
+
+def _look(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list) -> tuple[Path | None, Path | None, dict]:
+    """Save the grids of samples and of the control, and evaluate samples with the judge.
+
+    Returns:
+        The files of the two grids and the judge's numbers. If sampling fails they are None or empty, and the reason
+        is printed.
+    """
+    picture = control = None
+    for name in (SAMPLES, CONTROL):  # grids of earlier weights
+        (run.folder / name).unlink(missing_ok=True)
+    try:
+        run.say("sampling images")
+        picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
+        if not pipeline.get_list_adapters():
+            control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
+        judged = open_judged(run.config.evaluation.judge, run.config.data.source, pipeline.default_size, run.say)
+        if judged is None:
+            return picture, control, {}
+        run.say("judging samples")
+        counts = run.config.evaluation.counts
+        return picture, control, evaluate_obedience(pipeline, *judged, **counts, seed=run.config.seed)
+    except NonFiniteLatentsError as error:
+        run.say(f"sampling failed: {error} The weights are saved.")
+        return picture, control, {}
 
 
 def save_trained(pipeline: ImprovedLDMPipeline, folder: Path):
@@ -79,8 +113,45 @@ def save_trained(pipeline: ImprovedLDMPipeline, folder: Path):
         export_code(folder)
 
 
+def _images_seen(run: Run) -> dict[str, Any]:
+    """Number of images that the weights have seen, from the record of their checkpoint; over all stages, if any."""
+    checkpoints = run.folder / "checkpoints"
+    step = newest_whole(checkpoints, say=lambda _: None)  # damage was reported on loading
+    images = read_record(checkpoints, step).get("images", step * run.images_per_step)
+    if not run.stage:
+        return {"images_seen": images}
+    stage = {"resolution": run.config.transform.resolution, "steps": step, "images_seen": images}
+    stages = [*_earlier_stages(run.config.model_dump(mode="json").get("after")), stage]
+    return {"images_seen": sum(stage["images_seen"] for stage in stages), "stages": stages}
+
+
+def _earlier_stages(after: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The stages before one, from the metrics of the last of them or, if these are missing, from its checkpoints."""
+    if after is None:
+        return []
+    alone = {"resolution": after["resolution"][0], "steps": after["steps"]}
+    try:
+        metrics = json.loads((Path(after["source"]) / "metrics.json").read_text(encoding="utf-8"))
+        return metrics["stages"] if "stages" in metrics else [alone | {"images_seen": metrics["images_seen"]}]
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
+        images, before = _seen_by_checkpoints(Path(after["source"]))
+        return [*_earlier_stages(before), alone | {"images_seen": images}]
+
+
+def _seen_by_checkpoints(folder: Path) -> tuple[int, dict[str, Any] | None]:
+    """Number of images that a stage has seen, and what it started from."""
+    checkpoints = folder / "checkpoints"
+    step, config = newest_whole(checkpoints, say=lambda _: None), kept_file(checkpoints, CONFIG)
+    if step is None or config is None:
+        raise ValueError(
+            f"{folder} holds neither metrics.json nor an intact checkpoint; one of them is needed to count the images "
+            "of this stage. Restore one."
+        )
+    return read_record(checkpoints, step)["images"], yaml.safe_load(config.read_bytes()).get("after")
+
+
 def _trained_parameters(pipeline: ImprovedLDMPipeline) -> int:
-    """Parameters of the denoiser, or of the adapter alone."""
+    """Number of parameters of the denoiser, or of the adapter alone."""
     adapted = [getattr(pipeline, component) for component in pipeline.get_list_adapters()]
     if not adapted:
         return sum(parameter.numel() for parameter in pipeline.denoiser.parameters())

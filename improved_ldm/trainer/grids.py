@@ -1,4 +1,4 @@
-"""The labelled grid of samples: prompts down, control inputs across, one seed."""
+"""Labelled grids of samples from one seed: one row per prompt, one column per control input."""
 
 import textwrap
 from collections.abc import Callable
@@ -8,112 +8,102 @@ import matplotlib
 import torch
 from PIL import Image
 
-from improved_ldm.evaluation.obedience import original_side
+from improved_ldm.conditioning.control import variables_read
+from improved_ldm.conditioning.control_row import Variable
+from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
-from improved_ldm.trainer.adapters import put_into
+from improved_ldm.trainer.adapters import set_trained
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-CROP_FRACTION = 0.65
-SIZE_FRACTION = 0.3
-
 
 def control_variants(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
-    """What the columns of a grid ask for: label → control arguments of the pipeline."""
-    side = original_side(pipeline)
-    small = max(1, round(side * SIZE_FRACTION))
-    crop = side * CROP_FRACTION
-    variants = {
-        "plain": {},
-        "flip": {"flip": True},
-        f"original_size\n{small} x {small}": {"original_size": (small, small)},
-        f"crop_size\n{CROP_FRACTION:.0%}, top left": {"crops_coords_top_left": (0, 0), "crop_size": (crop, crop)},
-    }
-    read = pipeline.denoiser.control_inputs
-    return {label: arguments for label, arguments in variants.items() if arguments.keys() <= read}
+    """The columns of a grid: label → control arguments of the pipeline, one per control input."""
+    firsts = (next(iter(views.items())) for views in _shown(pipeline).values())
+    return {"plain": {}, **dict(firsts)}
 
 
-def draw_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, file: Path):
+def sample_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, file: Path) -> Path:
     """Sample every row with every control variant from one seed and save the labelled grid.
 
-    Beside an adapter's samples stand those of its base.
+    If the pipeline has an adapter, samples of its base are shown next to those of the adapter.
 
     Args:
-        pipeline: draws the images.
+        pipeline: pipeline to sample with.
         rows: prompts, or class labels.
-        seed: of every image.
-        file: PNG to write.
+        seed: seed of every image.
+        file: PNG file to write.
+
+    Returns:
+        The file.
     """
     variants = control_variants(pipeline)
-    columns = {label: _draw(pipeline, rows, seed, arguments) for label, arguments in variants.items()}
+    columns = {label: _sample(pipeline, rows, seed, arguments) for label, arguments in variants.items()}
     if pipeline.get_active_adapters():
         pipeline.disable_lora()
-        columns = {"base": _draw(pipeline, rows, seed, {}), **columns}
-        pipeline.enable_lora()
-    labels = [row if isinstance(row, str) else _class_name(pipeline, row) for row in rows]
+        try:
+            columns = {"base": _sample(pipeline, rows, seed, {}), **columns}
+        finally:
+            pipeline.enable_lora()
+    labels = [row if isinstance(row, str) else pipeline.class_name(row) for row in rows]
     save_grid(list(columns.values()), labels, list(columns), file)
+    return file
 
 
 def control_views(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
-    """What the columns of a control picture ask for: sizes from small to whole, then crops from corner to corner."""
-    side = original_side(pipeline)
-    crop = side * CROP_FRACTION
-    sizes = [max(1, round(side * share)) for share in (SIZE_FRACTION, (1 + SIZE_FRACTION) / 2, 1)]
-    views = {f"original_size\n{size} x {size}": {"original_size": (size, size)} for size in sizes}
-    for label, top, left in (("top left", 0, 0), ("top right", 0, 1), ("bottom left", 1, 0), ("bottom right", 1, 1)):
-        corner = (top * (side - crop), left * (side - crop))
-        arguments = {"crops_coords_top_left": corner, "crop_size": (crop, crop)}
-        views[f"crop {CROP_FRACTION:.0%}\n{label}"] = arguments
-    read = pipeline.denoiser.control_inputs
-    return {label: arguments for label, arguments in views.items() if arguments.keys() <= read}
+    """The columns of a grid of the control: label → control arguments, all that are shown except switches."""
+    shown = _shown(pipeline).items()
+    return {label: arguments for row, views in shown if not row.is_switch for label, arguments in views.items()}
 
 
-def draw_control(pipeline: ImprovedLDMPipeline, row: str | int, seed: int, file: Path) -> Path | None:
-    """Draw one prompt or class from one seed at several sizes and crops, as it is and mirrored, and save the grid.
+def _shown(pipeline: ImprovedLDMPipeline) -> dict[Variable, dict[str, dict]]:
+    """The values that grids show of each control input that the denoiser reads, switches first."""
+    rows = sorted(variables_read(pipeline.denoiser.control_inputs), key=lambda row: not row.is_switch)
+    views = {row: row.views(pipeline.default_original_side) for row in rows}
+    return {row: shown for row, shown in views.items() if shown}
+
+
+def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int, file: Path) -> Path | None:
+    """Sample one prompt or class from one seed at every shown control value, one row per switch, and save the grid.
 
     Args:
-        pipeline: draws the images.
+        pipeline: pipeline to sample with.
         row: the prompt, or the class label.
-        seed: of every image.
-        file: PNG to write.
+        seed: seed of every image.
+        file: PNG file to write.
 
     Returns:
         The file; None for a model that reads no such control.
     """
-    name = row if isinstance(row, str) else _class_name(pipeline, row)
-    views, labels, mirrored = control_views(pipeline) or {"plain": {}}, [name], {}
-    if "flip" in pipeline.denoiser.control_inputs:
-        labels, mirrored = [name, f"flip: {name}"], {"flip": [False, True]}
+    name = row if isinstance(row, str) else pipeline.class_name(row)
+    views = control_views(pipeline) or {"plain": {}}
+    switches = [switch.name for switch in _shown(pipeline) if switch.is_switch]
+    labels = [name, *(f"{switch}: {name}" for switch in switches)]
     if len(views) * len(labels) == 1:
         return None
-    columns = [_draw(pipeline, [row] * len(labels), seed, arguments | mirrored) for arguments in views.values()]
+    # one row of the grid per switch, with only that switch on
+    rows = {switch: [switch == other for other in [None, *switches]] for switch in switches}
+    columns = [_sample(pipeline, [row] * len(labels), seed, arguments | rows) for arguments in views.values()]
     save_grid(columns, labels, list(views), file)
     return file
 
 
-def grid_drawer(
+def grid_sampler(
     pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, folder: Path
 ) -> Callable[[Denoiser, int], None]:
-    """A function of a denoiser and a step that draws the grid of that denoiser into a folder."""
+    """A function of a denoiser and a step that saves a sample grid of that denoiser in a folder."""
 
-    def draw(denoiser: Denoiser, step: int):
-        put_into(pipeline, denoiser)
-        draw_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
+    def sample(denoiser: Denoiser, step: int):
+        set_trained(pipeline, denoiser)
+        sample_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
 
-    return draw
-
-
-def _draw(pipeline: ImprovedLDMPipeline, rows: list, seed: int, arguments: dict) -> list[Image.Image]:
-    generators = [torch.Generator().manual_seed(seed) for _ in rows]
-    semantic = {"prompt": rows} if isinstance(rows[0], str) else {"class_labels": rows}
-    return pipeline(**semantic, **arguments, generator=generators).images
+    return sample
 
 
-def _class_name(pipeline: ImprovedLDMPipeline, label: int) -> str:
-    names = pipeline.config.class_names
-    return names[label] if names else f"class {label}"
+def _sample(pipeline: ImprovedLDMPipeline, rows: list, seed: int, arguments: dict) -> list[Image.Image]:
+    return call_pipeline(pipeline, rows, [seed] * len(rows), **arguments)
 
 
 def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], file: Path):
@@ -121,9 +111,9 @@ def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_la
 
     Args:
         columns: images, column by column.
-        row_labels: one a row, wrapped to the margin.
-        column_labels: one a column.
-        file: PNG to write.
+        row_labels: one per row, wrapped to the margin.
+        column_labels: one per column.
+        file: PNG file to write.
     """
     height, width = len(row_labels), len(columns)
     figure, axes = pyplot.subplots(
@@ -146,12 +136,12 @@ def _wrapped(text: str, width: int = 24, lines: int = 4) -> str:
 
 
 def diverse_prompts(captions: list[str], features: torch.Tensor, count: int) -> list[str]:
-    """Captions that lie far from one another, the first given one among them.
+    """Captions that are far from each other, including the first given one.
 
     Args:
-        captions: to choose from.
-        features: (captions, dim), one vector each.
-        count: how many to choose at most.
+        captions: captions to choose from.
+        features: (captions, dim), one vector per caption.
+        count: largest number of captions to choose.
 
     Source: greedy farthest-point selection.
     """

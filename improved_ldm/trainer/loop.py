@@ -1,261 +1,280 @@
 """The training loop, the same for every denoiser and every kind of condition."""
 
 import contextlib
-import signal
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from improved_ldm.conditioning.inputs import Conditioning
+from improved_ldm.conditioning.conditions import Conditioning
+from improved_ldm.conditioning.control import required_columns
 from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.diffusion.objectives import Objective, objective_loss
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.trainer.config import OptimizerConfig, TextConfig
-from improved_ldm.trainer.draws import StepDraws
-from improved_ldm.trainer.reports import NonFiniteLossError, Progress
+from improved_ldm.output import OutputError
+from improved_ldm.pipeline import NonFiniteLatentsError
+from improved_ldm.trainer.checkpoints import Checkpoints
+from improved_ldm.trainer.config import TextConfig, TrainingConfig
+from improved_ldm.trainer.nonfinite import (
+    NONFINITE,
+    FirstSkipped,
+    NonFiniteLossError,
+    Suspect,
+    check_weights,
+    pass_nonfinite_to_gradient,
+)
+from improved_ldm.trainer.optimizer import SkippingAdamW, WeightAverage, fitting_state, set_learning_rate
+from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
+from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
-from improved_ldm.trainer.state import Checkpoints
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from improved_ldm.trainer.stopping import StoppedWaiting, agree_to_stop, stop_signals
 
 
-def train(
-    run: Run,
-    denoiser: Denoiser,
-    objective: Objective,
-    batches,
-    on_sample: Callable[[Denoiser, int], None] | None = None,
-    averaged: Denoiser | None = None,
-    optimizer_state: dict[str, Any] | None = None,
-    on_push: Callable[[Denoiser, int], None] | None = None,
-) -> Denoiser:
+class Batches(Protocol):
+    """An endless loader that can resume at the next batch."""
+
+    def __iter__(self) -> Iterator[EncodedBatch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]): ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Args:
+        denoiser: denoiser with the weights to start from.
+        objective: training objective, with its noise schedule.
+        averaged: average of the weights; None starts it from the weights.
+        optimizer_state: moments of a model with the same parameters; those whose shape differs start from scratch.
+    """
+
+    denoiser: Denoiser
+    objective: Objective
+    averaged: Denoiser | None = None
+    optimizer_state: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function that is called with the averaged model at regular steps, on the main process.
+
+    Args:
+        every: steps between calls; 0 or None never calls.
+        call: function of the averaged model and the step, counted from 1.
+    """
+
+    every: int | None
+    call: Callable[[Denoiser, int], None] | None
+
+
+def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) -> Denoiser:
     """Train a denoiser from the newest checkpoint, or from the start, to the last step of the configuration.
 
-    Of a denoiser with adapters those alone are trained, averaged and kept in checkpoints.
+    If a denoiser has adapters, only these are trained, averaged and saved in checkpoints.
 
-    Ctrl-C, or a signal to terminate, ends it after the current step with a checkpoint.
+    Ctrl-C, or a signal to terminate, ends the training after the current step with a checkpoint; a single process that
+    waits for data stops waiting.
+
+    A step whose loss or gradient is NaN or infinite is skipped: weights, moments and average stay as they are. The
+    decision is made on the device, from the gradient norm, which is the same on all processes; skipped steps are
+    counted at log steps.
 
     Args:
         run: configuration, folder and processes.
-        denoiser: the model to begin with.
-        objective: what it predicts.
-        batches: a loader of `EncodedBatch` with `state_dict` and `load_state_dict`.
-        on_sample: called on the main process with the averaged model and the step, every `sampling.every` steps.
-        averaged: the average to begin with; default: the model itself.
-        optimizer_state: moments to begin with, of a model with the same parameters; where a shape differs they start
-            afresh.
-        on_push: called as `on_sample` is, every `hub.push_every` steps.
+        start: the model, the objective, the average and the moments to begin with.
+        batches: this process's share of the data.
+        hooks: functions to call at regular steps.
 
     Returns:
         The averaged denoiser (float32).
 
     Raises:
-        NonFiniteLossError: if the loss or, at a checkpoint, a weight is NaN or infinite.
+        NonFiniteLossError: if too many steps in a row are skipped or, at a checkpoint, a weight is NaN or infinite.
         SystemExit: after a clean stop.
     """
-    config, accelerator = run.config.training, run.accelerator
-    denoiser, optimizer, ema = _prepare(run, denoiser, averaged, optimizer_state)
+    config, accelerator, objective = run.config.training, run.accelerator, start.objective
+    denoiser, optimizer, ema = _prepare(run, start)
     inner = accelerator.unwrap_model(denoiser)
     frozen = frozenset(name for name, parameter in inner.named_parameters() if not parameter.requires_grad)
-    checkpoints = Checkpoints(accelerator, run.folder / "checkpoints", config.keep_checkpoints, ema, batches, frozen)
-    start = checkpoints.resume()
-    progress = Progress(run, start)
-    batch_iterator = iter(batches)
+    folder, keep = run.folder / "checkpoints", config.keep_checkpoints
+    checkpoints = Checkpoints(accelerator, folder, keep, ema, batches, frozen, run.images_per_step, run.config)
+    first_step, kept_progress = checkpoints.resume()
+    progress = Progress(run, first_step, kept_progress)
+    if first_step:
+        goes_on = "training resumes from there" if first_step < config.steps else "no step is left to train"
+        run.say(f"{run.named_step(first_step)} is done; {goes_on}")
+    first_skipped = FirstSkipped(run.folder / NONFINITE, accelerator.process_index, accelerator.device)
 
-    with progress, _kept_on_failure(run, checkpoints, progress), _stop_signals() as stop:
-        for step in range(start, config.steps):
-            draws = StepDraws(config, objective, run.config.seed, step, accelerator.process_index, accelerator.device)
+    def randomness_of(step: int) -> StepRandomness:
+        parts = (config.batch_size, config.gradient_accumulation_steps)
+        processes = (accelerator.process_index, accelerator.num_processes, accelerator.device)
+        return StepRandomness(run.config.seed, step, *parts, *processes)
+
+    with progress, _kept_on_failure(run, checkpoints, progress), stop_signals() as stop:
+        batch_iterator = iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches))
+        for step in range(first_step, config.steps):
             set_learning_rate(optimizer, run.config.optimizer, step, config.steps)
-            loss = _accumulate_gradients(run, denoiser, objective, batch_iterator, draws)
+            loss, suspect = _accumulate_gradients(run, denoiser, objective, batch_iterator, randomness_of(step))
             gradient_norm = accelerator.clip_grad_norm_(denoiser.parameters(), run.config.optimizer.max_grad_norm)
+            skipped = ~gradient_norm.isfinite()  # a scalar on the device, the same on all processes
+            optimizer.optimizer.skip_where(skipped)  # accelerate's optimizer wraps ours
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(accelerator.unwrap_model(denoiser))
+            ema.update_parameters(inner, skipped)
 
             done = step + 1
-            progress.after_step(done, loss, gradient_norm, optimizer.param_groups[0]["lr"])
-            for every, call in ((run.config.sampling.every, on_sample), (run.config.hub.push_every, on_push)):
-                if call is not None and every and done % every == 0:
-                    if accelerator.is_main_process:
-                        call(ema.module, done)
-                    accelerator.wait_for_everyone()
-            stopping = _agree(run, stop, done)
+            checkpoints.mark_place()
+            # with fp16, gradients that only exceed its range are not an error: the loss scale adapts to them
+            first_skipped.note(done, suspect, skipped if accelerator.scaler is None else ~loss.isfinite())
+            loss = loss.masked_fill(skipped, torch.nan)
+            if progress.after_step(done, loss, gradient_norm, optimizer.param_groups[0]["lr"]):
+                file = first_skipped.write(randomness_of, objective, config)
+                if file is not None:
+                    run.say(f"{file} holds the batch of the first skipped step")
+                progress.check_skipped()
+            for hook in hooks:
+                if hook.every and done % hook.every == 0:
+                    _call_on_main(run, hook.call, ema.module, done)
+            stopping = agree_to_stop(run, stop, done)
             if stopping or done == config.steps or done % config.checkpoint_every == 0:
-                _check_weights(denoiser, done)
-                progress.flush()
-                checkpoints.save(done)
+                check_weights(denoiser, done)
+                _save(checkpoints, progress)
             if stopping:
-                raise SystemExit(f"stopped after step {done}; the same command goes on from there")
+                raise SystemExit(f"stopped after {run.named_step(done)}; the same command resumes from there")
     return ema.module
 
 
-def _prepare(
-    run: Run, denoiser: Denoiser, averaged: Denoiser | None, optimizer_state: dict[str, Any] | None
-) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel]:
+def _prepare(run: Run, start: Start) -> tuple[nn.Module, torch.optim.Optimizer, WeightAverage]:
     """The model and the optimizer on their device, and the running average of the weights (float32)."""
-    config, optimizer_config = run.config.training, run.config.optimizer
+    config, denoiser = run.config.training, start.denoiser
     denoiser.train()
-    if not getattr(denoiser, "peft_config", None):  # adapters have frozen what they are on
+    if not getattr(denoiser, "peft_config", None):  # adapters have frozen their base
         denoiser.requires_grad_(True)
-    ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(optimizer_config.ema_decay))
-    _share_frozen(denoiser, ema.module)
-    if averaged is not None:
-        ema.module.load_state_dict(averaged.state_dict())
-        ema.n_averaged += 1  # or the first update would copy the model
+    ema = WeightAverage(denoiser, run.config.optimizer.ema_decay)
+    if start.averaged is not None:
+        ema.module.load_state_dict(start.averaged.state_dict())
+        ema.n_averaged += 1  # otherwise the first update would copy the model
     ema.requires_grad_(False).eval().to(run.accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if config.compile:
         denoiser.compile_repeated_blocks(fullgraph=True)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
-        lr=optimizer_config.learning_rate,
-        betas=optimizer_config.betas,
-        weight_decay=optimizer_config.weight_decay,
-        fused=True,  # three times as fast as the default on CPU
-    )
-    if optimizer_state is not None:
-        optimizer.load_state_dict(_fitting(optimizer_state, optimizer))
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    optimizer = SkippingAdamW(trained, run.config.optimizer)
+    if start.optimizer_state is not None:
+        optimizer.load_state_dict(fitting_state(start.optimizer_state, optimizer))
     denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)
     return denoiser, optimizer, ema
 
 
-def _share_frozen(model: nn.Module, copy: nn.Module):
-    """Give a copy of a model the model's own frozen weights: one base under the adapters and their average."""
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            layer, _, own_name = name.rpartition(".")
-            setattr(copy.get_submodule(layer), own_name, parameter)
-
-
-def _fitting(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The moments of an optimizer's state dict whose shapes fit, with the settings of an optimizer."""
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {i: values for i, values in state["state"].items() if values["exp_avg"].shape == shapes[i]}
-    return {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
-def _check_weights(denoiser: nn.Module, step: int):
-    """Raise before spoilt weights replace a good checkpoint."""
-    if not all(torch.isfinite(parameter).all() for parameter in denoiser.parameters()):
-        raise NonFiniteLossError(f"weights are NaN or infinite after step {step}; it is not saved")
-
-
-def learning_rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0: a linear warm-up, then constant or a cosine down to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    fraction = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * fraction)).item())
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int):
-    """Set the learning rate of a step; a function of the step alone, so there is no state to resume."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(config, step, steps)
+def _call_on_main(run: Run, call: Callable[[Denoiser, int], None], averaged: Denoiser, step: int):
+    """Call a function of the average on the main process; the run continues if sampling fails."""
+    if run.accelerator.is_main_process:
+        try:
+            call(averaged, step)
+        except NonFiniteLatentsError as error:
+            run.say(f"step {step}: sampling failed, training continues: {error}")
+    run.accelerator.wait_for_everyone()
 
 
 def _accumulate_gradients(
-    run: Run, denoiser: nn.Module, objective: Objective, batch_iterator, draws: StepDraws
-) -> torch.Tensor:
-    """Gradients of one step, summed over its micro-batches; returns the mean loss, on the device."""
-    micro_batches, total = run.config.training.gradient_accumulation_steps, 0.0
+    run: Run,
+    denoiser: nn.Module,
+    objective: Objective,
+    batches: Iterator[EncodedBatch],
+    randomness: StepRandomness,
+) -> tuple[torch.Tensor, Suspect]:
+    """Sum the gradients of one step over its micro-batches; returns the mean loss, on the device, and the suspect."""
+    training, total, suspect = run.config.training, 0.0, None
+    micro_batches = training.gradient_accumulation_steps
     for number in range(micro_batches):
-        batch = next(batch_iterator).to(run.accelerator.device)
+        batch = next(batches).to(run.accelerator.device)
         last = number == micro_batches - 1
         with contextlib.nullcontext() if last else run.accelerator.no_sync(denoiser):
-            loss = batch_loss(run.accelerator, denoiser, objective, batch, run.config.text, draws, number)
+            images = randomness.images(number)
+            loss = batch_loss(run.accelerator, denoiser, objective, batch, images, training, run.config.text)
             run.accelerator.backward(loss / micro_batches)
-        total = total + loss.detach() / micro_batches
-    return total
+        loss = loss.detach()
+        total = total + loss / micro_batches
+        suspect = Suspect(batch, torch.full((), number, device=loss.device), loss).unless_before(suspect)
+    return total, suspect
 
 
 def batch_loss(
-    accelerator,
+    accelerator: Accelerator,
     denoiser: nn.Module,
     objective: Objective,
     batch: EncodedBatch,
+    images: ImageRandomness,
+    training: TrainingConfig,
     text: TextConfig,
-    draws: StepDraws,
-    number: int = 0,
 ) -> torch.Tensor:
     """The loss of one micro-batch, a scalar."""
     inner = accelerator.unwrap_model(denoiser)
-    timestep, no_semantic, no_control = draws.of_micro_batch(number)
-    noise = draws.noise_like(batch.latents)
-    conditions = batch_conditions(batch, text, draws.text_noise).only(inner.inputs)
+    timestep = objective.timestep_quantile(images.timestep_fractions())
+    dropped = images.dropped(training.semantic_dropout, training.control_dropout)
+    noise = images.noise(batch.latents.shape[1:])
+    conditions = batch_conditions(batch, text, images).only(inner.inputs)
     missing = inner.inputs - {name for name, value in conditions.kwargs().items() if value is not None}
-    if missing - {"encoder_attention_mask"}:  # None where every token counts
+    if missing - {"encoder_attention_mask"}:  # None if every token counts
         raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
-    conditions = conditions.dropped(no_semantic, no_control, inner.config.num_classes)
+    given = _without_unknown(conditions)
+    conditions = conditions.dropped(*dropped, inner.config.num_classes)
     noisy = objective.add_noise(batch.latents, noise, timestep)
     target = objective.target(batch.latents, noise, timestep)
-    passes = inner.training_passes(noisy, draws.mask_level, draws.masks)
+    passes = inner.training_passes(noisy, images.mask_level, images.mask_uniform)
     loss = 0.0
     for further in passes:
         with accelerator.autocast():
             prediction = denoiser(noisy, timestep, **conditions.kwargs(), **further, return_dict=False)[0]
-        prediction = prediction[:, : noisy.shape[1]]  # a learned variance, where there is one, is not trained
+        prediction = prediction[:, : noisy.shape[1]]  # a learned variance, if there is one, is not trained
         loss = loss + objective_loss(objective, prediction, target, timestep) / len(passes)
-    return loss
+    return pass_nonfinite_to_gradient(loss, *given)
 
 
-def batch_conditions(batch: EncodedBatch, text: TextConfig, generator: torch.Generator) -> Conditioning:
-    """All that is known of a batch, its text padded."""
+def _without_unknown(conditions: Conditioning) -> list[torch.Tensor | None]:
+    """The conditions without those columns of the control that are NaN if their value is unknown."""
+    known = None if conditions.control is None else required_columns(conditions.control)
+    return list(replace(conditions, control=known).kwargs().values())
+
+
+def batch_conditions(batch: EncodedBatch, text: TextConfig, images: ImageRandomness) -> Conditioning:
+    """All conditions of a batch, with the text padded."""
     if batch.text is None:
         return Conditioning(class_labels=batch.class_labels, control=batch.control)
-    hidden_states, mask = pad_tokens(batch.text, text.padding, text.noise_scale, generator)
+    is_noisy = text.padding == "noisy_replicate"
+    noise = images.text_noise(batch.text.hidden_states.shape[1:]) if is_noisy else None
+    hidden_states, mask = pad_tokens(batch.text, text.padding, text.noise_scale, noise=noise)
     return Conditioning(hidden_states, mask, batch.text.pooled, control=batch.control)
 
 
 @contextlib.contextmanager
 def _kept_on_failure(run: Run, checkpoints: Checkpoints, progress: Progress):
-    """Save the last finished step if the run fails. Several processes cannot be trusted to meet there.
-
-    Images that the unfinished step had drawn are not drawn again.
-    """
+    """Save the last finished step if the run fails; not with several processes, which may not all get here."""
     try:
         yield
-    except NonFiniteLossError:  # the weights are spoilt
+    except StoppedWaiting:
+        if progress.step:
+            _save(checkpoints, progress)
+        raise SystemExit(
+            f"stopped after {run.named_step(progress.step)}; the same command resumes from there"
+        ) from None
+    except (NonFiniteLossError, OutputError):  # the weights are not finite, or cannot be written
         raise
     except Exception:
         if run.accelerator.num_processes == 1 and progress.step:
-            checkpoints.save(progress.step)
+            _save(checkpoints, progress)
         raise
 
 
-@contextlib.contextmanager
-def _stop_signals():
-    """Collects the first interrupt or terminate signal in the list that it yields; a second one ends the process."""
-    received, handlers = [], {name: signal.getsignal(name) for name in STOP_SIGNALS}
-
-    def restore():
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-    def receive(number: int, _):
-        received.append(number)
-        restore()
-
-    for name in STOP_SIGNALS:
-        signal.signal(name, receive)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _agree(run: Run, received: list, step: int) -> bool:
-    """Whether any process was told to stop; several processes ask one another at log steps only."""
-    if run.accelerator.num_processes == 1:
-        return bool(received)
-    if step % run.config.training.log_every:
-        return False
-    flag = torch.tensor(float(bool(received)), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum").item())
+def _save(checkpoints: Checkpoints, progress: Progress):
+    """Save the last finished step, with the history up to it."""
+    progress.flush()
+    checkpoints.save(progress.step, progress.state_dict())

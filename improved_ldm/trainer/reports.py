@@ -1,22 +1,24 @@
-"""What a run tells: a progress bar, trackers, the loss curve."""
+"""Reports of a run: a progress bar, trackers, the loss curve."""
 
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from tqdm import tqdm
 
+from improved_ldm.output import writing
+from improved_ldm.provenance import read_json_lines, write_json_lines
+from improved_ldm.trainer.checkpoints import HISTORY
+from improved_ldm.trainer.nonfinite import NonFiniteLossError
 from improved_ldm.trainer.run import Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: the run cannot go on, its last checkpoint is whole."""
 
 
 class Progress:
@@ -24,16 +26,22 @@ class Progress:
 
     Args:
         run: configuration, folder and processes.
-        start: step that the run goes on from.
+        start: step that the run resumes from.
+        state: result of `state_dict` at that step; empty if there is none.
     """
 
-    def __init__(self, run: Run, start: int):
-        self.run, self.step, self.history_file = run, start, run.folder / "history.jsonl"
-        self.losses: list[torch.Tensor] = []
-        self.records: list[dict[str, float]] = []
+    def __init__(self, run: Run, start: int, state: dict[str, Any] | None = None):
+        self.run, self.step, self.history_file = run, start, run.folder / HISTORY
+        losses = (state or {}).get("losses", [])
+        run.clock.earlier = (state or {}).get("seconds", 0.0)  # checkpoints of earlier versions have none
+        self.losses = [torch.tensor(loss, device=run.accelerator.device) for loss in losses]
+        self.records: list[dict[str, Any]] = []
         self.last_time, self.last_step = time.perf_counter(), start
+        self.skipped_in_a_row = 0  # until the last log step
         if run.accelerator.is_main_process:
-            self._drop_records_after(start)
+            goes_on = start < run.config.training.steps  # then the losses since the last log step are logged again
+            self._drop_records_after(start - len(losses) * goes_on)
+        self.skipped_steps = count_skipped(read_history(self.history_file, self.run.say))
         per_step = run.images_per_step
         self.bar = tqdm(
             total=run.config.training.steps * per_step,
@@ -52,58 +60,128 @@ class Progress:
     def __exit__(self, *exception):
         self.bar.close()
         self.flush()
-        for tracker in self.run.accelerator.trackers:  # `end_training` would end the processes' group as well
+        for tracker in self.run.accelerator.trackers:  # `end_training` would also end the process group
             tracker.finish()
 
-    def after_step(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float):
-        """Note a step; at log steps read the losses, check that they are finite and record them.
+    def after_step(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> bool:
+        """Count a step; at log steps read the losses, count the skipped steps, and record both.
 
-        Raises:
-            NonFiniteLossError: if a loss is NaN or infinite.
+        Args:
+            step: step, counted from 1.
+            loss: loss of the step, a scalar on the device; NaN on every process if the step was skipped.
+            gradient_norm: gradient norm of the step, on the device.
+            learning_rate: learning rate of the step.
+
+        Returns:
+            Whether this is a log step and steps were skipped since the previous one.
         """
         self.step = step
         self.losses.append(loss)
         self.bar.update(self.run.images_per_step)
         if step % self.run.config.training.log_every and step != self.run.config.training.steps:
-            return
-        losses = torch.stack(self.losses).mean()
-        loss_value = self.run.accelerator.reduce(losses, "mean").item()
-        if not math.isfinite(loss_value):
-            raise NonFiniteLossError(f"the loss is {loss_value} within {len(self.losses)} steps before step {step}")
+            return False
+        losses = torch.stack(self.losses)
+        finite = losses.isfinite()  # the same on all processes
+        loss_value = self.run.accelerator.reduce(losses[finite].mean(), "mean").item()
+        skipped = self._count_skipped(finite.tolist())
         now = time.perf_counter()
         images = (step - self.last_step) * self.run.images_per_step
         record = {
             "step": step,
             "images": step * self.run.images_per_step,
-            "loss": loss_value,
-            "gradient_norm": float(gradient_norm),
+            "loss": _or_none(loss_value),
+            "gradient_norm": _or_none(float(gradient_norm)),
             "learning_rate": learning_rate,
             "images_per_second": images / (now - self.last_time),
         }
-        self.losses, self.last_time, self.last_step = [], now, step
+        if skipped:
+            record["skipped_steps"] = skipped
+        self.last_time, self.last_step = now, step
+        if step % self.run.config.training.log_every == 0:  # else a longer run still needs them for its next log step
+            self.losses = []
         self.records.append(record)
         self.bar.set_postfix(loss=f"{loss_value:.4f}")
-        self.run.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self.run.accelerator.log(values, step=step)
+        return bool(skipped)
+
+    def _count_skipped(self, finite: list[bool]) -> int:
+        """Number of skipped steps since the last log step, from whether the losses are finite."""
+        for is_finite in finite:
+            self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        skipped = finite.count(False)
+        self.skipped_steps += skipped
+        if skipped:
+            which = f"{skipped} of the last {len(finite)} steps" if any(finite) else f"all of the last {skipped} steps"
+            self.run.say(
+                f"step {self.step}: {which} skipped, {self.skipped_steps} in all; their loss or gradient is NaN or "
+                "infinite"
+            )
+        return skipped
+
+    def check_skipped(self):
+        """Raise a NonFiniteLossError if more than `max_skipped_steps`, or half of the run, were skipped in a row."""
+        training = self.run.config.training
+        if self.skipped_in_a_row > min(training.max_skipped_steps, training.steps // 2):
+            raise NonFiniteLossError(
+                f"the last {self.skipped_in_a_row} steps until step {self.step} of {training.steps} were skipped: "
+                "their loss or gradient is NaN or infinite. `training.max_skipped_steps` is "
+                f"{training.max_skipped_steps}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of this rank since the last log step, so that a resumed run logs the same values.
+
+        The state also has the seconds of the run in all its parts.
+        """
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        return {"losses": losses, "seconds": self.run.clock.seconds()}
 
     def flush(self):
-        """Append what was recorded to the history file."""
+        """Append what was recorded to the history file.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         if self.run.accelerator.is_main_process and self.records:
-            with self.history_file.open("a") as file:
+            with writing(self.history_file), self.history_file.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.records = []
 
     def _drop_records_after(self, step: int):
-        records = [record for record in read_history(self.history_file) if record["step"] <= step]
-        self.history_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = [record for record in read_history(self.history_file, self.run.say) if record["step"] <= step]
+        with writing(self.history_file):
+            write_json_lines(self.history_file, records)
 
 
-def read_history(file: Path) -> list[dict[str, float]]:
-    """The records of a run, one a log step."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def read_history(file: Path, say: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The records of a run, one per log step.
+
+    Args:
+        file: of `Progress`.
+        say: called with a message for each damaged line, which is left out.
+    """
+    return [record for record in read_json_lines(file, on_damage=say) if "step" in record]
 
 
-def plot_loss(history: list[dict[str, float]], file: Path):
-    """Draw the loss against the images seen, on logarithmic axes."""
+def count_skipped(history: list[dict[str, Any]]) -> int:
+    """Number of skipped steps of a run."""
+    return sum(record.get("skipped_steps", 0) for record in history)
+
+
+def last_loss(history: list[dict[str, Any]]) -> float | None:
+    """The last logged loss; None if there is none."""
+    return next((record["loss"] for record in reversed(history) if record["loss"] is not None), None)
+
+
+def _or_none(value: float) -> float | None:
+    """A value for JSON, which has no NaN; None if it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def plot_loss(history: list[dict[str, Any]], file: Path):
+    """Plot the loss against the images seen, on logarithmic axes."""
+    history = [record for record in history if record["loss"] is not None]
     images, losses = [record["images"] for record in history], [record["loss"] for record in history]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(images, losses)

@@ -1,41 +1,71 @@
 """A run: its configuration, its folder, its processes."""
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+from improved_ldm.output import writing
+from improved_ldm.trainer.checkpoints import CONFIG, write_config
 from improved_ldm.trainer.config import SharedConfig
-from improved_ldm.trainer.state import check_same_run
+from improved_ldm.trainer.launcher import open_accelerator
+from improved_ldm.trainer.lock import lock_folder
+from improved_ldm.trainer.processes import on_main_process
+from improved_ldm.trainer.same_run import check_same_processes, check_same_run
 
-EVALUATION_TIME = timedelta(hours=3)  # for which processes wait for the main one
+EVALUATION_TIME = timedelta(hours=3)  # longest time that processes wait for the main one
+
+
+@dataclass
+class Clock:
+    """The time that a run takes, with all its parts: this process, and those whose checkpoints it resumes from.
+
+    Args:
+        started: `time.perf_counter()` when this part started.
+        earlier: seconds of the earlier parts.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    earlier: float = 0.0
+
+    def seconds(self, started: float | None = None) -> float:
+        """Seconds of all parts until now; this part is counted from `started` if that is given."""
+        return self.earlier + time.perf_counter() - (self.started if started is None else started)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every part of a training script needs to know.
+    """What every part of a training script needs.
 
     Args:
         config: the configuration.
-        folder: where the run leaves everything.
+        folder: folder for everything that the run writes.
         accelerator: its processes and precision.
+        stage: number of the stage and of all stages, for messages; empty for a run without stages.
+        clock: clock of the time that the run takes.
     """
 
     config: SharedConfig
     folder: Path
     accelerator: Accelerator
+    stage: str = ""
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def images_per_step(self) -> int:
-        """Images that all processes see between two updates."""
+        """Images per optimizer step of all processes."""
         training = self.config.training
         return training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def named_step(self, step: int) -> str:
+        """A step as messages name it, with the number of steps and the stage."""
+        return f"step {step} of {self.config.training.steps}" + f", {self.stage}" * bool(self.stage)
 
     def say(self, text: str):
         """Print on the main process, above the progress bar."""
@@ -44,38 +74,44 @@ class Run:
 
 
 def start_run(config: SharedConfig) -> Run:
-    """Make the run's folder, keep its configuration there and seed the weights.
+    """Lock the run's folder, write its configuration there, seed the weights and print the images per step.
 
     Raises:
-        ValueError: if the folder holds a run of another configuration.
+        ValueError: if the folder holds a run with another configuration or another number of processes, or the
+            launcher contradicts the configuration.
+        OSError: if the folder cannot be written, or another process is training there.
     """
     folder = Path(config.output_dir)
     check_same_run(config, folder)
-    accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
+    accelerator = open_accelerator(
+        config.training,
         log_with=list(config.training.trackers) or None,
         project_dir=str(folder / "logs"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_TIME)],
     )
-    if accelerator.is_main_process:
-        write_config(config, folder / "config.yaml")
-    accelerator.wait_for_everyone()
+    check_same_processes(folder, accelerator.num_processes)
+    run = Run(config, folder, accelerator)
+    on_main_process(lambda: _open_folder(run))
     share_cores(accelerator, config.training.cpu_threads)
     set_seed(config.seed)
-    return Run(config, folder, accelerator)
+    return run
+
+
+def _open_folder(run: Run):
+    lock_folder(run.folder, run.say)
+    with writing(run.folder):
+        write_config(run.config.file_values(), run.folder / CONFIG)
+    training, processes = run.config.training, run.accelerator.num_processes
+    run.say(
+        f"{processes} process{'es' * (processes > 1)} × batch {training.batch_size} × accumulation "
+        f"{training.gradient_accumulation_steps} = {run.images_per_step} images per step"
+    )
 
 
 def share_cores(accelerator: Accelerator, cpu_threads: int | None):
-    """Set the threads that a process computes with where there is no GPU; None shares the cores among them all."""
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread a process
+    """Set the threads of a process without a GPU; None shares the cores among all processes."""
+    if accelerator.device.type == "cpu":  # `accelerate launch` sets one thread per process
         torch.set_num_threads(cpu_threads or max(1, _free_cores() // accelerator.num_processes))
-
-
-def write_config(config: SharedConfig, file: Path):
-    """Keep a configuration as YAML."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    values = config.model_dump(mode="json")
-    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _free_cores() -> int:

@@ -1,20 +1,64 @@
-"""The stages of a run: the configuration of each, and what it begins from."""
+"""The stages of a run: the configuration of each, and what it starts from."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import yaml
 
+from improved_ldm.bounds import Count, Pixels, Place
+from improved_ldm.conditioning.guidance import rescaled_guidance_scale
 from improved_ldm.diffusion.objectives import Objective
+from improved_ldm.lineage import lineage_record, read_lineage
 from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.positions import PositionTransfer
+from improved_ldm.settings import Section
 from improved_ldm.trainer.batches import image_transform
-from improved_ldm.trainer.config import RunConfig, StageConfig
-from improved_ldm.trainer.run import Run, start_run, write_config
-from improved_ldm.trainer.state import check_same_run, checkpoint_steps, newest_checkpoint
+from improved_ldm.trainer.checkpoints import (
+    checkpoint_path,
+    checkpoint_steps,
+    newest_whole,
+    read_weights,
+    write_config,
+)
+from improved_ldm.trainer.components import check_resolution
+from improved_ldm.trainer.config import Carry, RunConfig, StageConfig
+from improved_ldm.trainer.lock import lock_folder
+from improved_ldm.trainer.loop import Start
+from improved_ldm.trainer.processes import on_main_process
+from improved_ldm.trainer.run import Run, start_run
+from improved_ldm.trainer.same_run import check_same_run
+from improved_ldm.transfer.resolution import NoiseTransfer, resolution_change, transfer
+
+STAGES = "stages.yaml"  # the configuration of a whole run with stages
+
+
+class StageOrigin(Section):
+    """What a stage after the first starts from."""
+
+    source: Place
+    """Folder of the stage before."""
+    steps: Count
+    """Optimizer steps of the stage before."""
+    resolution: tuple[Pixels, Pixels]
+    """Resolutions of the stage before and of the stage, in pixels."""
+    positions: PositionTransfer
+    """How positions of patches change."""
+    noise: NoiseTransfer
+    """How the noise schedule changes."""
+    optimizer: Carry
+    """Whether the moments of the optimizer are carried over."""
+    average: Carry
+    """Whether the averaged weights are carried over."""
+
+
+class LaterStageConfig(RunConfig):
+    """The configuration of a stage after the first, as saved in its folder and checkpoints; users do not write it."""
+
+    after: StageOrigin
+    """What the stage starts from; another origin makes it another run."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +66,11 @@ class Stage:
     """One stage of a run.
 
     Args:
-        number: counted from 0.
-        config: of the stage alone.
+        number: number of the stage, counted from 0.
+        config: configuration of the stage alone.
         lineage: what its weights are made from, for the pipeline.
-        switch: what happens on the way to it from the stage before; None in the first stage.
-        previous: configuration of the stage before.
+        switch: settings of the switch from the stage before; None in the first stage.
+        previous: configuration of the stage before; None in the first stage.
     """
 
     number: int
@@ -37,54 +81,84 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where the stage leaves everything."""
+        """Folder for everything that the stage writes."""
         return Path(self.config.output_dir)
 
     @property
-    def checkpoint_steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in order."""
-        return checkpoint_steps(self.folder / "checkpoints")
+    def has_begun(self) -> bool:
+        """Whether the stage has checkpoints of its own."""
+        return bool(checkpoint_steps(self.folder / "checkpoints"))
 
     @property
     def is_finished(self) -> bool:
-        """Whether the stage was trained to its last step, saved and evaluated."""
-        trained = self.checkpoint_steps and self.checkpoint_steps[-1] >= self.config.training.steps
-        return bool(trained) and (self.folder / "metrics.json").exists()
+        """Whether the stage was trained to its last step, saved and evaluated, and its last checkpoint is intact."""
+        if not self.has_begun or not (self.folder / "metrics.json").exists():
+            return False
+        return on_main_process(self._newest_step) >= self.config.training.steps
+
+    def _newest_step(self) -> int:
+        return newest_whole(self.folder / "checkpoints", say=lambda _: None) or 0
 
 
-@dataclass(frozen=True)
-class Start:
-    """What the training of a stage begins with; the fields are arguments of `train`.
+def list_stages(config: RunConfig) -> list[Stage]:
+    """The stages of a configuration; a single one if it names none.
 
-    Args:
-        denoiser: the weights.
-        objective: with the stage's noise schedule.
-        averaged: the average of the weights, or None to begin it from them.
-        optimizer_state: the optimizer's moments, or None.
+    Raises:
+        ValueError: if the folder holds a run that has started another list of stages.
     """
-
-    denoiser: Denoiser
-    objective: Objective
-    averaged: Denoiser | None = None
-    optimizer_state: dict[str, Any] | None = None
+    stages = _listed_stages(config)
+    _check_list(config, stages)
+    return stages
 
 
-def stages_of(config: RunConfig) -> list[Stage]:
-    """The stages of a configuration; one, where it names none."""
+def _listed_stages(config: RunConfig) -> list[Stage]:
     if not config.stages:
         return [Stage(0, config, _source_lineage(config))]
-    configs = [config.of_stage(number) for number in range(len(config.stages))]
-    stages = [Stage(0, configs[0], _source_lineage(config))]
-    for number, (previous, now, switch) in enumerate(zip(configs, configs[1:], config.stages[1:], strict=False), 1):
-        step = {
-            "source": previous.output_dir,
-            "steps": previous.training.steps,
-            "resolution": [previous.transform.resolution, now.transform.resolution],
+    stages = [Stage(0, config.of_stage(0), _source_lineage(config))]
+    for number, switch in enumerate(config.stages[1:], 1):
+        previous, now = stages[-1].config, config.of_stage(number)
+        sizes, guidance_scale = (previous.transform.resolution, switch.resolution), previous.sampling.guidance_scale
+        if switch.guidance == "rescale":
+            guidance_scale = rescaled_guidance_scale(guidance_scale, *sizes)
+        origin = StageOrigin(
+            source=previous.output_dir,
+            steps=previous.training.steps,
+            resolution=sizes,
             **switch.model_dump(include={"positions", "noise", "optimizer", "average"}),
-        }
-        begun = now.model_copy(update={"after": step})  # another beginning is another run
-        stages.append(Stage(number, begun, (*stages[-1].lineage, step), switch, previous))
+        )
+        sampling = now.sampling.model_copy(update={"guidance_scale": guidance_scale})
+        begun = LaterStageConfig(**{**now.model_dump(), "sampling": sampling}, after=origin)
+        change = resolution_change(*sizes, switch.positions, switch.noise, switch.guidance)
+        lineage = (*stages[-1].lineage, lineage_record(**{**origin.model_dump(mode="json"), **change}))
+        stages.append(Stage(number, begun, lineage, switch, previous))
     return stages
+
+
+def _check_list(config: RunConfig, stages: list[Stage]):
+    """Raise a ValueError if stages that have started differ; those that have not may change."""
+    before = _earlier_list(config)
+    begun = [stage.folder for stage in before if stage.has_begun]
+    if begun != [stage.folder for stage in stages[: len(begun)]]:
+        was, now = (
+            f"{len(part)} at {', '.join(str(stage.config.transform.resolution) for stage in part)} pixels"
+            for part in (before, stages)
+        )
+        raise ValueError(
+            f"`stages` are {now}, but {config.output_dir} holds a run of {was}, {len(begun)} of them started: these "
+            "must stay as they are. Give the same `--stages`, or choose another `--output_dir`."
+        )
+
+
+def _earlier_list(config: RunConfig) -> list[Stage]:
+    """The stages of the run in the folder; none if its record of them is damaged."""
+    file, without_stages = Path(config.output_dir) / STAGES, config.model_copy(update={"stages": ()})
+    if not file.exists():
+        return _listed_stages(without_stages)
+    try:
+        kept = RunConfig.model_validate(yaml.safe_load(file.read_bytes()))
+    except (ValueError, yaml.YAMLError):  # damaged; each stage is still compared with its own checkpoints
+        return []
+    return _listed_stages(kept.model_copy(update={"output_dir": config.output_dir}))
 
 
 def _source_lineage(config: RunConfig) -> tuple[dict[str, Any], ...]:
@@ -92,91 +166,102 @@ def _source_lineage(config: RunConfig) -> tuple[dict[str, Any], ...]:
     source = config.denoiser.pretrained
     if source is None:
         return ()
-    index = Path(source) / "model_index.json"
-    before = json.loads(index.read_text()).get("lineage") if index.is_file() else None
-    return (*(before or ()), {"source": source})
+    return tuple(lineage_record(**record) for record in (*read_lineage(Path(source)), {"source": source}))
 
 
 def check_stages(stages: list[Stage], denoiser: Denoiser, factor: int):
-    """Raise a ValueError for a stage that could not begin, before the first one does.
+    """Raise a ValueError if a stage cannot start, before the first one does.
 
     Args:
-        stages: of the run.
-        denoiser: of the first stage.
-        factor: pixels a side of a latent pixel.
+        stages: stages of the run.
+        denoiser: denoiser of the first stage.
+        factor: side of a latent pixel, in pixels.
     """
     for stage in stages:
         check_same_run(stage.config, stage.folder)
         image_transform(stage.config)
-        resolution, multiple = stage.config.transform.resolution, factor * denoiser.patch_size
-        if resolution % multiple:
-            raise ValueError(f"`resolution` of a stage is {resolution}; it must be a multiple of {multiple} pixels.")
+        check_resolution(stage.config, factor * denoiser.patch_size, "`resolution` of a stage")
         if stage.switch is not None:
-            denoiser.resized_positions(resolution // factor, stage.switch.positions)
+            denoiser.resized_positions(stage.config.transform.resolution // factor, stage.switch.positions)
 
 
-def begun_stages(
+def iterate_stages(
     stages: list[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig
 ) -> Iterator[tuple[Stage, Run, Start]]:
-    """Begin the stages one after the other; those that are finished are passed over, but for the last.
+    """Start the stages one after the other; finished ones are skipped, except the last.
 
     Args:
-        stages: of the run, checked.
-        run: of the first stage, started.
-        denoiser: that the first stage begins with.
-        objective: of the first stage.
-        config: of the whole run; it is kept in its folder.
+        stages: checked stages of the run.
+        run: started run of the first stage.
+        denoiser: denoiser that the first stage starts from.
+        objective: objective of the first stage.
+        config: configuration of the whole run, which is saved in its folder.
     """
-    for stage in stages:
+    staged = bool(config.stages)
+    if staged:
+        on_main_process(lambda: lock_folder(Path(config.output_dir), run.say))
+    for stage, following in zip(stages, (*stages[1:], None), strict=True):
         start = begin_stage(stage, denoiser, objective)
         denoiser, objective = start.denoiser, start.objective
-        if stage.is_finished and stage is not stages[-1]:
+        name = f"stage {stage.number + 1} of {len(stages)}" if staged else ""
+        # a following stage that has started needs nothing from this one
+        if following is not None and (following.has_begun or stage.is_finished):
+            run.say(f"{name} is finished")
             continue
+        if staged:
+            run.say(f"{name}: {stage.config.transform.resolution} pixels, {stage.config.training.steps} steps")
         if stage.switch is not None:
             run = start_run(stage.config)
-        if config.stages and run.accelerator.is_main_process:
-            write_config(config, Path(config.output_dir) / "stages.yaml")
-        yield stage, run, start
+        if staged and run.accelerator.is_main_process:
+            write_config(config.file_values(), Path(config.output_dir) / STAGES)
+        yield stage, replace(run, stage=name), start
 
 
 def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start:
-    """What a stage begins with: what is given in the first stage, else the end of the stage before.
+    """What a stage starts from: what is given in the first stage, otherwise the end of the stage before.
 
-    The weights are read from the last checkpoint of the stage before, so that a run that was stopped begins a stage as
-    an unbroken one does. A stage that has checkpoints of its own goes on with those.
+    The weights are read from the last checkpoint of the stage before, so that a resumed run starts a stage like an
+    uninterrupted one. A stage that has checkpoints of its own resumes from those.
 
     Args:
-        stage: to begin.
-        denoiser: of the stage before; its configuration counts.
-        objective: of the stage before.
+        stage: stage to start.
+        denoiser: denoiser of the stage before; only its configuration is used.
+        objective: objective of the stage before.
+
+    Raises:
+        FileNotFoundError: if the stage before has no checkpoint.
+        ValueError: if none of its checkpoints is intact.
     """
     if stage.switch is None:
         return Start(denoiser, objective)
     old, new = stage.previous.transform.resolution, stage.config.transform.resolution
-    sample_size = denoiser.config.sample_size * new // old
     if stage.switch.noise == "rescale":
         objective = objective.rescaled(old, new)
-    if stage.checkpoint_steps:  # it goes on with its own
-        return Start(denoiser.resized(sample_size, stage.switch.positions), objective)
 
-    folder = newest_checkpoint(Path(stage.previous.output_dir) / "checkpoints")
+    def resized(model: Denoiser) -> Denoiser:
+        factor = old // model.config.sample_size
+        return transfer(model, new, stage.switch.positions, stage.switch.noise, factor)
 
-    def resized(name: str) -> Denoiser:
+    if stage.has_begun:  # it resumes from its own
+        return Start(resized(denoiser), objective)
+
+    folder = _end_of(Path(stage.previous.output_dir) / "checkpoints")
+
+    def read(name: str) -> Denoiser:
         model = denoiser.remade()
-        model.load_state_dict(_weights(folder / name))
-        return model.resized(sample_size, stage.switch.positions)
+        model.load_state_dict(read_weights(folder / name))
+        return resized(model)
 
     moments = None
     if stage.switch.optimizer == "carry":
         moments = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
-    averaged = resized("ema.safetensors") if stage.switch.average == "carry" else None
-    return Start(resized("model.safetensors"), objective, averaged, moments)
+    averaged = read("ema.safetensors") if stage.switch.average == "carry" else None
+    return Start(read("model.safetensors"), objective, averaged, moments)
 
 
-def _weights(file: Path) -> dict[str, torch.Tensor]:
-    """A model's tensors under its own names, without those of the wrappers of processes, compilation and average."""
-    tensors = {
-        name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in load_file(file).items()
-    }
-    tensors.pop("n_averaged", None)
-    return tensors
+def _end_of(folder: Path) -> Path:
+    """The newest intact checkpoint in a folder."""
+    step = on_main_process(lambda: newest_whole(folder, print))
+    if step is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint to begin the next stage with.")
+    return checkpoint_path(folder, step)

@@ -1,4 +1,4 @@
-"""A trained denoiser to other classes, from classes to text or back, or to another text encoder."""
+"""Transfer of a trained denoiser to other classes, from classes to text or back, or to another text encoder."""
 
 import logging
 from collections import Counter
@@ -10,22 +10,23 @@ from torch import nn
 
 from improved_ldm.models.changes import Changes
 from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.published import PublishedTrunk
 from improved_ldm.models.trunk import ConditioningTrunk
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED_CLASSES = 20
-Rows = list[tuple[int, int]]  # of the new class table, and of the old one
+RowPairs = list[tuple[int, int]]  # (row of the new class table, row of the old one)
 
 
 @dataclass(frozen=True)
 class ConditionChanges(Changes):
-    """What became of weights and classes.
+    """A report of what happened to weights and classes.
 
     Args:
-        matched_classes: names of the classes that are in both models.
-        new_classes: names of the classes that only the new model has.
-        dropped_classes: names of the classes that only the old model has.
+        matched_classes: Names of the classes that both models have.
+        new_classes: Names of the classes that only the new model has.
+        dropped_classes: Names of the classes that only the old model has.
     """
 
     matched_classes: tuple[str, ...] = ()
@@ -53,29 +54,31 @@ def change_conditions(
 ) -> tuple[Denoiser, ConditionChanges]:
     """A denoiser with the weights of a trained one and other semantic conditions.
 
-    Conditions that are not given are not read any more. What fits by name and size is kept, classes by their names,
-    and without names a table of as many classes. A condition that is new starts as the null condition: the prediction
-    for it, and for the new null, is what it was for the old null. This is exact
+    The new model reads only the conditions that are given. Weights are kept if name and size match, classes if their
+    names match or, without names, if their number is equal. A new condition starts as the null condition: the
+    prediction for it, and for the new null, is equal to the earlier one for the old null. This is exact
 
-    - where the null is one token: `num_class_tokens` and `num_null_tokens` are 1; else it is the mean of the tokens,
-    - for any number of tokens, but in an mmDiT, where they compete with the image's, for as many as before,
-    - for every text, but in a UNet whose tokens were as wide as the text is now, for the null text alone: such a UNet
-      reads the text with the weights that it has.
+    - if the null is one token, that is, `num_class_tokens` and `num_null_tokens` are 1; otherwise the mean of the
+      tokens is used,
+    - for any number of tokens; but in an mmDiT, or if `control_route` is `tokens`, only for as many tokens as before,
+      because they compete with the tokens of the image or the control,
+    - for every text; but in a UNet whose old tokens are as wide as the new text, only for the null text, because such
+      a UNet reads the text with its old weights.
 
     Args:
-        denoiser: of any backbone and mode; it stays as it is.
-        num_classes: classes of a class-conditional model.
-        text_dim: channels of the text tokens of a text-conditional model.
-        pooled_dim: channels of the pooled text, which the published mode of most backbones reads.
-        class_names: of the new classes, in the order of their labels, to be matched with the old ones.
-        old_class_names: of the classes that the denoiser knows, in the order of their labels.
+        denoiser: Denoiser of any backbone and mode; it is not changed.
+        num_classes: Number of classes of a class-conditional model.
+        text_dim: Channels of the text tokens of a text-conditional model.
+        pooled_dim: Channels of the pooled text, which the published mode of most backbones reads.
+        class_names: Names of the new classes, in the order of their labels, which are matched with the old ones.
+        old_class_names: Names of the denoiser's classes, in the order of their labels.
 
     Returns:
-        The denoiser, and what is kept, changed, new and dropped.
+        The denoiser, and a report of what is kept, changed, new and dropped.
 
     Raises:
-        ValueError: for classes and text together or neither, text that the mode does not read, numbers below 1, names
-            that are not one a class or are there twice, or a denoiser with adapters.
+        ValueError: If both classes and text or neither are given, the mode does not read the text, a number is below
+            1, the names do not match the number of classes or are listed twice, or the denoiser has adapters.
 
     Source: Berrada et al., 2024, for the transfer; how new conditions start is our choice.
     """
@@ -93,7 +96,8 @@ def change_conditions(
     rows = _matching_rows(denoiser.config.num_classes, num_classes, class_names, old_class_names)
     for name, trunk in denoiser.named_modules():
         if isinstance(trunk, ConditioningTrunk):
-            _carry_embedding(trunk, changed.get_submodule(name), rows)
+            if isinstance(trunk, PublishedTrunk):
+                _carry_embedding(trunk, changed.get_submodule(name), rows)
             _carry_tokens(trunk, changed.get_submodule(name), rows)
     _carry_values(denoiser, changed)
 
@@ -133,30 +137,30 @@ def _check_names(
         if names is None:
             continue
         if len(names) != (number or 0):
-            raise ValueError(f"`{name}` has {len(names)} names; it must have {number or 0}, one a class.")
+            raise ValueError(f"`{name}` has {len(names)} names; it must have {number or 0}, one per class.")
         if twice := [one for one, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"`{name}` has {twice[0]!r} more than once; every class needs a name of its own.")
+            raise ValueError(f"`{name}` has {twice[0]!r} more than once; every class needs its own name.")
 
 
 def _matching_rows(
     old_number: int | None, number: int | None, names: list[str] | None, old_names: list[str] | None
-) -> Rows:
+) -> RowPairs:
     if names is not None:
         places = {name: place for place, name in enumerate(old_names)}
         return [(row, places[name]) for row, name in enumerate(names) if name in places]
     return [(row, row) for row in range(number or 0)] if number == old_number else []
 
 
-def _carry_rows(old: nn.Embedding, new: nn.Embedding, rows: Rows):
-    """Rows of the classes in both; the null's is the last, and a new class's is the null's."""
+def _carry_rows(old: nn.Embedding, new: nn.Embedding, rows: RowPairs):
+    """Copy the rows of classes that both tables have; the last row is the null, and new classes start as its copy."""
     new.weight.copy_(old.weight[-1].expand_as(new.weight))
     if rows:
         places, old_places = torch.tensor(rows, device=new.weight.device).T
         new.weight[places] = old.weight[old_places]
 
 
-def _carry_embedding(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows):
-    """What class, pooled text and sizes add to the timestep's embedding; the timestep takes in a null that is gone."""
+def _carry_embedding(old: PublishedTrunk, new: PublishedTrunk, rows: RowPairs):
+    """Copy the embeddings of class, pooled text and sizes; a dropped null is added to the timestep's embedding."""
     if new.class_embedding is not None:
         if old.class_embedding is None:
             new.class_embedding.weight.zero_()
@@ -166,7 +170,7 @@ def _carry_embedding(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows)
     old_pooled, new_pooled = (getattr(trunk.added_embedding, "pooled_dim", None) or 0 for trunk in (old, new))
     if new.added_embedding is not None and old.added_embedding is None:
         _zero(new.added_embedding.mlp.linear_2)
-    elif new.added_embedding is not None and old_pooled != new_pooled:  # beside the pooled text stand the sizes
+    elif new.added_embedding is not None and old_pooled != new_pooled:  # the sizes come after the pooled text
         weight = new.added_embedding.mlp.linear_1.weight.zero_()
         weight[:, new_pooled:] = old.added_embedding.mlp.linear_1.weight[:, old_pooled:]
 
@@ -177,7 +181,7 @@ def _carry_embedding(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows)
 
 
 def _null_token(trunk: ConditioningTrunk) -> torch.Tensor | None:
-    """The token (token_dim,) that is attended to for the null condition, the mean where there are several."""
+    """The token (token_dim,) that is attended to for the null condition; the mean if there are several."""
     if trunk.class_tokens is not None:
         return trunk.class_tokens.weight[-1].unflatten(-1, (trunk.num_class_tokens, -1)).mean(0)
     if trunk.text_projection is not None:
@@ -185,10 +189,10 @@ def _null_token(trunk: ConditioningTrunk) -> torch.Tensor | None:
     return None
 
 
-def _carry_tokens(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows):
-    """Class tokens, or a projection that makes the null token of every text."""
+def _carry_tokens(old: ConditioningTrunk, new: ConditioningTrunk, rows: RowPairs):
+    """Copy class tokens, or initialise a projection that maps every text to the null token."""
     null = _null_token(old)
-    if null is None:  # no attention was there; it starts at zero
+    if null is None:  # the old model has no attention to tokens; the new attention starts at zero
         return
     if new.class_tokens is not None:
         if old.class_tokens is not None:
@@ -209,7 +213,7 @@ def _carry_tokens(old: ConditioningTrunk, new: ConditioningTrunk, rows: Rows):
 
 
 def _carry_values(old: Denoiser, new: Denoiser):
-    """Where tokens of another width are attended to, their values start at zero and the null's go into the output."""
+    """For tokens of another width, start the values at zero and add those of the null to the output's bias."""
     for name, attention in old.named_modules():
         if not hasattr(attention, "to_v"):
             continue
@@ -230,9 +234,9 @@ def _zero(module: nn.Module):
 
 def _report(denoiser: Denoiser, changed: Denoiser, names: list[str], old_names: list[str]) -> ConditionChanges:
     old, new = denoiser.state_dict(), changed.state_dict()
-    # tensors of another size that go on in part: rows of class tables, the sizes beside the pooled text
+    # tensors of another size that are kept in part: rows of class tables, the sizes next to the pooled text
     partly: tuple[str, ...] = ("class_tokens.weight", "class_embedding.weight")
-    if getattr(changed.trunk.added_embedding, "size_features", 0):
+    if getattr(getattr(changed.trunk, "added_embedding", None), "size_features", 0):
         partly += ("added_embedding.mlp.linear_1.weight",)
     parts: dict[str, Any] = {
         "kept": [],

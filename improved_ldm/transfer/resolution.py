@@ -1,14 +1,19 @@
-"""A trained denoiser or pipeline to another resolution: positions are resampled and the noise is rescaled."""
+"""Transfer of a trained denoiser or pipeline to another resolution: positions, noise and guidance."""
 
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
+from improved_ldm.conditioning.guidance import rescaled_guidance_scale
+from improved_ldm.diffusion.fitting import trained_objective
 from improved_ldm.diffusion.schedules import rescale_scheduler
-from improved_ldm.models.denoiser import Denoiser, PositionTransfer
+from improved_ldm.lineage import lineage_record
+from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 NoiseTransfer = Literal["rescale", "keep"]
+GuidanceTransfer = Literal["rescale", "keep"]
 Model = TypeVar("Model", Denoiser, ImprovedLDMPipeline)
 
 
@@ -19,29 +24,34 @@ def transfer(
     positions: PositionTransfer = "resample",
     noise: NoiseTransfer = "rescale",
     latent_factor: int = 8,
+    guidance: GuidanceTransfer = "keep",
 ) -> Model:
-    """A copy of a denoiser or pipeline that goes on at another resolution.
+    """A copy of a denoiser or pipeline for another resolution.
 
-    A UNet has no positions; there the noise alone is rescaled.
+    A UNet has no positions, so only its noise is rescaled.
 
     Args:
-        model: a pipeline, or a denoiser alone, which has no noise schedule of its own.
-        resolution: pixels a side.
-        positions: `resample`, `interpolate`, `extrapolate` or `keep`, as `Denoiser.resized` says.
-        noise: `rescale` keeps the uncertainty of each timestep, `keep` the schedule.
-        latent_factor: pixels a side of a latent pixel, where `model` is a denoiser; a pipeline knows its own.
+        model: A pipeline, or only a denoiser, which has no noise schedule of its own.
+        resolution: Pixels per side.
+        positions: `resample`, `interpolate`, `extrapolate` or `keep`, see `Denoiser.resized`.
+        noise: `rescale` keeps the uncertainty at each timestep, `keep` keeps the schedule.
+        latent_factor: Image pixels per latent pixel along one side, if `model` is a denoiser; a pipeline has its own.
+        guidance: `rescale` changes the `default_guidance_scale` λ of a pipeline to 1 + s (λ − 1), where s is the new
+            resolution divided by the old one; `keep` keeps it. A denoiser has no guidance.
 
     Returns:
-        What was given, of the new resolution; for the resolution that it has, it is as it was. A pipeline's `lineage`
-        says what was changed; its other components are the same objects.
+        A denoiser or pipeline, like `model`, for the new resolution; if `model` has this resolution already, it is not
+        changed. The `lineage` of a pipeline records the changes; its other components are the same objects.
 
     Raises:
-        ValueError: for a resolution that does not divide into patches, or a word that is not one of those above.
+        ValueError: If the resolution does not divide into patches, or an option is unknown.
 
-    Source: Berrada et al., 2024.
+    Source: Berrada et al., 2024; the rule for the guidance is our reading of its appendix, and the least certain part
+        of the method: compare scales on your own data.
     """
-    if noise not in get_args(NoiseTransfer):
-        raise ValueError(f"`noise` is {noise!r}; it must be one of {', '.join(get_args(NoiseTransfer))}.")
+    for name, value, known in (("noise", noise, NoiseTransfer), ("guidance", guidance, GuidanceTransfer)):
+        if value not in get_args(known):
+            raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(get_args(known))}.")
     if isinstance(model, Denoiser):
         return model.resized(_sample_size(model, resolution, latent_factor), positions)
 
@@ -49,14 +59,23 @@ def transfer(
     scheduler, components, config = model.scheduler, dict(model.components), dict(model.config)
     if noise == "rescale":
         scheduler = rescale_scheduler(scheduler, model.default_size, resolution)
+        config["objective"] = trained_objective(scheduler)
+    if guidance == "rescale":
+        scale = config["default_guidance_scale"]
+        config["default_guidance_scale"] = rescaled_guidance_scale(scale, model.default_size, resolution)
     if resolution != model.default_size:
-        change = {"resolution": [model.default_size, resolution], "positions": positions, "noise": noise}
-        config["lineage"] = [
-            *(model.config.lineage or []),
-            {"source": model.name_or_path and str(model.name_or_path), **change},
-        ]
+        change = resolution_change(model.default_size, resolution, positions, noise, guidance)
+        config["lineage"] = [*(model.config.lineage or []), lineage_record(model.name_or_path, **change)]
     settings = {name: config[name] for name in config.keys() - components.keys() if not name.startswith("_")}
     return type(model)(**{**components, "scheduler": scheduler, denoiser.component: denoiser, **settings})
+
+
+def resolution_change(
+    old: int, new: int, positions: PositionTransfer, noise: NoiseTransfer, guidance: GuidanceTransfer
+) -> dict[str, Any]:
+    """The lineage entry for a change of resolution in pixels; it has the guidance only if that is rescaled."""
+    change = {"resolution": [old, new], "positions": positions, "noise": noise}
+    return change | {"guidance": guidance} if guidance == "rescale" else change
 
 
 def _sample_size(denoiser: Denoiser, resolution: int, latent_factor: int) -> int:

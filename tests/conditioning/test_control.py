@@ -5,17 +5,24 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import (
+    COLUMNS,
     CONTROL_INPUTS,
     CONTROL_PARTS,
+    DEFAULT_PARTS,
     INPUTS_OF_PARTS,
     NUM_CONTROL,
+    VARIABLES,
     Control,
-    ControlEmbedding,
+    control_columns,
     control_tensor,
+    null_control,
+    required_columns,
+)
+from improved_ldm.conditioning.control_embedding import (
+    ControlEmbedding,
     control_weight,
     high_level_variables,
     low_level_variables,
-    null_control,
     pixart_sizes,
     sdxl_sizes,
 )
@@ -77,14 +84,19 @@ def test_unknown_weight_is_an_error():
 
 
 @given(controls())
-def test_a_record_survives_its_row(control):
-    assert Control.from_row(control.to_row()) == control
+def test_the_columns_of_a_tensor_are_the_values_of_its_records(control):
+    columns = control_columns(control_tensor([control]))._asdict()
+    for row in VARIABLES:
+        values = [columns[name].item() for name in row.columns]
+        assert_close(torch.tensor(values), torch.tensor(row.numbers(getattr(control, row.name))), equal_nan=True)
 
 
-@given(controls())
-def test_a_record_survives_the_float32_tensor(control):
-    row = control_tensor([control])[0]
-    assert_close(control_tensor([Control.from_row(row)])[0], row, rtol=0, atol=0)
+def test_the_layout_begins_as_stored_tensors_do():
+    assert COLUMNS[:9] == (
+        *("original_height", "original_width", "crop_top", "crop_left", "crop_height", "crop_width"),
+        *("target_height", "target_width", "flip"),
+    )
+    assert len(set(COLUMNS)) == NUM_CONTROL
 
 
 def test_control_tensor_stacks_records():
@@ -95,7 +107,6 @@ def test_control_tensor_stacks_records():
 def test_whole_image_has_no_crop():
     control = Control.of_whole_image((20, 30), (10, 15), flip=True)
     assert control == Control((20, 30), (0, 0), (20, 30), (10, 15), True)
-    assert control.aspect_ratio == 1.5
 
 
 @pytest.mark.parametrize(
@@ -121,10 +132,19 @@ def test_impossible_records_are_errors_that_name_the_argument(arguments, name):
         Control(*arguments)
 
 
+def test_the_columns_of_optional_variables_may_be_left_out():
+    control = control_tensor([Control.of_whole_image((40, 30), (8, 8), flip=True)])
+    short, whole = control_columns(required_columns(control)), control_columns(control)
+    assert_close(short, whole, equal_nan=True)
+    assert torch.stack(short).isnan().any()
+
+
 @pytest.mark.parametrize("length", [0, NUM_CONTROL - 1, NUM_CONTROL + 1])
-def test_a_row_of_a_wrong_length_is_an_error(length):
-    with pytest.raises(ValueError, match=f"got {length}"):
-        Control.from_row([1.0] * length)
+def test_a_tensor_of_another_layout_is_an_error(length):
+    with pytest.raises(
+        ValueError, match=f"`control` has {length} columns; it must have {NUM_CONTROL}: original_height"
+    ):
+        control_columns(torch.ones(2, length))
 
 
 @given(controls(), st.sampled_from([0.125, 0.5, 2, 16]))
@@ -150,12 +170,21 @@ def test_high_level_variables_are_fractions_of_their_own_side():
 
 @pytest.mark.parametrize("column", range(NUM_CONTROL))
 def test_every_column_reaches_the_variables(column):
-    row = control_tensor([WHOLE])
-    other = row.clone()
+    known = control_tensor([WHOLE]).nan_to_num(0.5)
+    other = known.clone()
     other[0, column] += 1
-    high, low = (torch.equal(f(row), f(other)) for f in (high_level_variables, low_level_variables))
-    assert not (high and low)
-    assert low == (column > 1)
+    for row in VARIABLES:
+        if COLUMNS[column] in row.columns:
+            variables = {"high": high_level_variables, "low": low_level_variables}[row.level]
+            assert not torch.equal(variables(known, CONTROL_PARTS), variables(other, CONTROL_PARTS))
+
+
+def test_the_default_variables_and_their_order_are_those_of_saved_weights():
+    control = Control((64, 128), (16, 32), (32, 32), (32, 64), flip=True)
+    fractions = [64 * value for value in (16 / 64, 32 / 128, 32 / 64, 32 / 128)]
+    assert high_level_variables(control_tensor([control])).tolist() == [[64, *fractions, 16]]
+    assert low_level_variables(control_tensor([control])).tolist() == [[16 * 6, 16 * 7]]
+    assert DEFAULT_PARTS == ("size", "crop", "flip")
 
 
 @given(controls())
@@ -163,7 +192,7 @@ def test_sdxl_sizes_tell_the_image_the_corner_and_the_target(control):
     original, corner, target = sdxl_sizes(control_tensor([control]))[0].double().view(3, 2)
     assert original.tolist() == pytest.approx(control.original_size)
     assert target.tolist() == pytest.approx(control.target_size)
-    for side in range(2):  # in pixels of the target's scale
+    for side in range(2):  # in pixels at the scale of the target
         scale = control.target_size[side] / control.crop_size[side]
         assert corner[side].item() == pytest.approx(control.crops_coords_top_left[side] * scale, rel=1e-5)
 
@@ -198,17 +227,23 @@ def embedding(randomize, weight="cosine"):
     return randomize(ControlEmbedding(16, weight, 1.0, 1000))
 
 
+def added(model, control, timestep):
+    """The part of the modulation embedding that comes from the control."""
+    high, gamma, low = model(control, timestep)
+    return high + gamma * low
+
+
 def test_embedding_starts_at_zero():
     fresh = ControlEmbedding(16, "cosine", 1.0, 1000)
     rows = torch.cat([control_tensor([WHOLE]), null_control(1)])
-    assert torch.equal(fresh(rows, torch.tensor([0, 500])), torch.zeros(2, 16))
+    assert torch.equal(added(fresh, rows, torch.tensor([0, 500])), torch.zeros(2, 16))
 
 
 def test_null_rows_give_the_learned_null(randomize):
     model = embedding(randomize)
     rows = torch.cat([null_control(1), control_tensor([WHOLE])])
     nulls = model.high_level.null + model.low_level.null
-    output = model(rows, torch.zeros(2))
+    output = added(model, rows, torch.zeros(2))
     assert output.shape == (2, 16)
     assert_close(output[0], nulls)
     assert (output[1] - nulls).abs().max() > 1e-3
@@ -216,7 +251,7 @@ def test_null_rows_give_the_learned_null(randomize):
 
 def test_null_rows_leave_every_gradient_finite(randomize):
     model = embedding(randomize)
-    model(torch.cat([null_control(1), control_tensor([WHOLE])]), torch.zeros(2)).square().sum().backward()
+    added(model, torch.cat([null_control(1), control_tensor([WHOLE])]), torch.zeros(2)).square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert model.high_level.null.grad.abs().max() > 0
 
@@ -224,19 +259,21 @@ def test_null_rows_leave_every_gradient_finite(randomize):
 def test_original_size_acts_at_data_and_not_at_noise(randomize):
     model = embedding(randomize)
     small, large = (control_tensor([Control.of_whole_image(size, (32, 32))]) for size in ((32, 32), (256, 256)))
-    assert_close(model(small, torch.tensor([1000.0])), model(large, torch.tensor([1000.0])), rtol=0, atol=0)
-    assert (model(small, torch.zeros(1)) - model(large, torch.zeros(1))).abs().max() > 1e-3
+    assert_close(
+        added(model, small, torch.tensor([1000.0])), added(model, large, torch.tensor([1000.0])), rtol=0, atol=0
+    )
+    assert (added(model, small, torch.zeros(1)) - added(model, large, torch.zeros(1))).abs().max() > 1e-3
 
 
 def test_flip_acts_at_every_timestep(randomize):
     model = embedding(randomize)
     plain, mirrored = (control_tensor([Control.of_whole_image((32, 32), (32, 32), flip)]) for flip in (False, True))
     for timestep in (0, 500, 1000):
-        change = model(plain, torch.tensor([timestep])) - model(mirrored, torch.tensor([timestep]))
+        change = added(model, plain, torch.tensor([timestep])) - added(model, mirrored, torch.tensor([timestep]))
         assert change.abs().max() > 1e-3
 
 
-# What each part changes when the other parts stay as they are.
+# Changes of each part while the other parts stay the same.
 CHANGED = {
     "size": Control((64, 48), (16, 8), (32, 32), (32, 32), False),
     "crop": Control((32, 24), (0, 4), (16, 16), (32, 32), False),
@@ -245,12 +282,12 @@ CHANGED = {
 UNCHANGED = Control((32, 24), (8, 4), (16, 16), (32, 32), False)
 
 
-@pytest.mark.parametrize("parts", [("size",), ("crop",), ("flip",), ("size", "flip"), CONTROL_PARTS])
+@pytest.mark.parametrize("parts", [("size",), ("crop",), ("flip",), ("size", "flip"), DEFAULT_PARTS])
 def test_an_embedding_sees_its_parts_alone(randomize, parts):
     model = randomize(ControlEmbedding(16, "cosine", 1.0, 1000, parts))
-    plain = model(control_tensor([UNCHANGED]), torch.zeros(1))
+    plain = added(model, control_tensor([UNCHANGED]), torch.zeros(1))
     for part, control in CHANGED.items():
-        change = (model(control_tensor([control]), torch.zeros(1)) - plain).abs().max()
+        change = (added(model, control_tensor([control]), torch.zeros(1)) - plain).abs().max()
         assert (change > 1e-3) == (part in parts), part
     assert model.inputs == frozenset().union(*(INPUTS_OF_PARTS[part] for part in parts))
 
@@ -261,5 +298,5 @@ def test_the_parts_share_out_all_inputs():
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(ValueError, match=r"`control_parts` has \['colour'\]; it may have size, crop, flip"):
-        ControlEmbedding(16, "cosine", 1.0, 1000, ("size", "colour"))
+    with pytest.raises(ValueError, match=r"`control_parts` has \['zoom'\]; it may have size, crop, flip"):
+        ControlEmbedding(16, "cosine", 1.0, 1000, ("size", "zoom"))

@@ -10,7 +10,7 @@ SCALE = st.floats(-20, 20)
 
 
 def predictions(terms):
-    """One of ε(c, s), ε(∅, s) and ε(∅, ∅) for each term, and the three by name."""
+    """ε(c, s), ε(∅, s) or ε(∅, ∅) for each guidance term, and all three by name."""
     generator = torch.Generator().manual_seed(0)
     both, semantic, neither = torch.randn(3, 2, 4, 3, 3, generator=generator)
     by_term = {(True, True): both, (True, False): semantic, (False, False): neither}

@@ -18,7 +18,7 @@ OFFICIAL = {
 
 @dataclass(frozen=True)
 class Published:
-    """Weights of an official implementation, and the arguments of its constructor."""
+    """Weights of an official implementation and the arguments of its constructor."""
 
     source: str
     folder: Path
@@ -28,7 +28,7 @@ class Published:
     @classmethod
     def load(cls, name: str) -> "Published":
         folder = FIXTURES / name
-        config = json.loads((folder / "config.json").read_text())["constructor_kwargs"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["constructor_kwargs"]
         return cls(OFFICIAL[name], folder, config, load_file(folder / "state_dict.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Random models of diffusers, made here: the same predictions, and the same weights back."""
+"""Random diffusers models: conversion keeps the predictions, and converting back gives the same weights."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transf
 
 from improved_ldm.convert import from_published, to_published
 
-TOLERANCE = 1e-5  # of the largest value of the output
+TOLERANCE = 1e-5  # relative to the largest value of the output
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
 LARGER = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 3, "in_channels": 3, "out_channels": 6}
 DIT = {
@@ -84,7 +84,7 @@ CASES = [
 
 @pytest.fixture
 def converted(randomize):
-    """A random model of a diffusers class, and the denoiser with its weights."""
+    """A random model of a diffusers class, and the denoiser with the same weights."""
 
     def build(cls, config):
         peer = randomize(cls(**config))
@@ -94,7 +94,7 @@ def converted(randomize):
 
 
 def inputs_of(peer, size, batch_size=2):
-    """Arguments of both forwards, those of diffusers and those of the family."""
+    """Arguments of both forward methods: the one of diffusers and the one of our denoiser."""
     config, generator = peer.config, torch.Generator().manual_seed(3)
 
     def randn(*shape):
@@ -174,7 +174,7 @@ def test_the_class_is_read_from_the_configuration():
         from_published("diffusers", {}, {})
 
 
-LEGACY = {  # as the published folders of DiT and PixArt-α have them
+LEGACY = {  # as in the published folders of DiT and PixArt-α
     "_class_name": "Transformer2DModel",
     "_diffusers_version": "0.12.0.dev0",
     "cross_attention_dim": None,

@@ -1,4 +1,4 @@
-"""Weights of the official implementations: the same predictions, and the same weights back."""
+"""Official weights: conversion keeps the predictions, and converting back gives the same weights."""
 
 import json
 
@@ -10,7 +10,7 @@ from improved_ldm.conditioning.guidance import combine_predictions, guidance_ter
 from improved_ldm.convert import SOURCES, from_published, to_published
 from tests.convert.conftest import FIXTURES, OFFICIAL
 
-TOLERANCE = 1e-5  # of the largest value of the output
+TOLERANCE = 1e-5  # relative to the largest value of the output
 CASES = [
     pytest.param(name, path.stem, id=f"{name}-{path.stem}")
     for name in OFFICIAL
@@ -26,7 +26,7 @@ Y = {"DiTDenoiser": "class_labels", "MDTDenoiser": "class_labels", "MMDiTDenoise
 
 
 def arguments_of(denoiser, case):
-    """The recorded inputs under the denoiser's names."""
+    """The recorded inputs with the names of the denoiser's arguments."""
     inputs = {name.removeprefix("input."): value for name, value in case.items() if name.startswith("input.")}
     y = inputs.pop("y")
     arguments = {NAMES.get(name, name): value for name, value in inputs.items()}
@@ -62,7 +62,7 @@ def test_the_prediction_is_that_of_the_published_model(name, case_name, load_pub
     with torch.no_grad():
         sample = denoiser(**arguments).sample
     if case_name == "case_cfg":  # and guides three of the channels
-        cases = json.loads((published.folder / "config.json").read_text())["cases"]
+        cases = json.loads((published.folder / "config.json").read_text(encoding="utf-8"))["cases"]
         config = next(entry for entry in cases if entry["file"] == f"{case_name}.safetensors")
         scale = guidance_of(name, case, config)
         conditional, unconditional = sample[:, :3].chunk(2)
@@ -181,9 +181,14 @@ def test_every_source_has_a_fixture():
 
 
 def test_a_model_goes_from_one_implementation_to_another(tiny_denoiser):
-    """PixArt-α with sizes, as diffusers has it and as its authors have it."""
+    """PixArt-α with sizes, in the format of diffusers and in that of its authors."""
     denoiser = tiny_denoiser(
-        "pixart", text_dim=12, conditioning="published", size_conditions=True, hidden_size=48, out_channels=8
+        "pixart",
+        text_dim=12,
+        conditioning="published",
+        published={"size_conditions": True},
+        hidden_size=48,
+        out_channels=8,
     )
     official = to_published("PixArt-alpha/PixArt-alpha", denoiser)
     assert {"csize_embedder.mlp.0.weight", "ar_embedder.mlp.2.bias"} <= official.keys()

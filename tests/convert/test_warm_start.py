@@ -1,4 +1,4 @@
-"""From published weights to a disentangled denoiser."""
+"""Start a disentangled denoiser from published weights."""
 
 import logging
 
@@ -9,14 +9,14 @@ from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.convert import disentangle, from_published
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
 from tests.convert.test_diffusers_classes import SD15, SDXL
 
 CONTROL = control_tensor([Control((64, 96), (0, 10), (60, 60), (32, 32), flip=True)] * 2)
 
 
 def semantic_inputs(denoiser):
-    """Text tokens, where the denoiser reads them."""
+    """Text tokens, if the denoiser reads them."""
     if denoiser.config.text_dim is None or "encoder_hidden_states" not in denoiser.inputs:
         return {}
     return {"encoder_hidden_states": torch.randn(2, 6, denoiser.config.text_dim)}
@@ -83,7 +83,7 @@ def test_class_embeddings_go_on_as_class_tokens(load_published):
 
 
 def test_a_step_of_training_reaches_the_new_parts(published):
-    """Zeros at the start do not keep the gradients away."""
+    """Gradients reach the new parts although some weights start at zero."""
     after = from_published(published.source, published.state_dict, published.config, conditioning="disentangled")
     inputs = semantic_inputs(after)
     sample = after(

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.data.transforms import ImageTransform, render, to_pixels
@@ -18,7 +19,7 @@ def noise(height, width, seed=0):
 
 
 def gradient(height, width):
-    """Red is the row, green is the column, each as a fraction of its side."""
+    """An image whose red value is the row and whose green value is the column, as fractions of the sides."""
     rows, columns = np.mgrid[0:height, 0:width]
     channels = [(rows + 0.5) / height * 255, (columns + 0.5) / width * 255, 0 * rows]
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
@@ -43,15 +44,16 @@ def transforms(draw):
 def test_record_of_a_sample_renders_the_same_pixels(transform, height, width, seed):
     image = noise(height, width)
     pixels, control = transform(image, Random(seed))
-    assert pixels.shape == (3, *transform.target_size) and pixels.dtype == torch.float32
-    row = control_tensor([control])[0]
-    assert torch.equal(to_pixels(render(image, Control.from_row(row))), pixels)
+    assert pixels.shape == (3, *transform.sample_size) and pixels.dtype == torch.float32
+    assert torch.equal(to_pixels(render(image, control)), pixels)
+    row = control_tensor([control])[0].double()
+    assert_close(row, torch.tensor(control.to_row(), dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
 
 
 @given(transforms(), SIDE, SIDE, st.integers(0, 2**63 - 1))
 @settings(max_examples=150, deadline=None)
 def test_record_stays_inside_the_image(transform, height, width, seed):
-    control = transform.draw((height, width), Random(seed))
+    control = transform.sample_control((height, width), Random(seed))
     for axis, side in enumerate((height, width)):
         start, extent = control.crops_coords_top_left[axis], control.crop_size[axis]
         whole = control.original_size[axis]
@@ -78,7 +80,7 @@ def test_whole_pixel_box_is_a_crop_then_a_resize():
 
 
 def test_no_pixel_outside_the_crop_is_read():
-    # without the crop, an antialiased filter mixes the white frame into the border of the sample
+    # without the crop, an antialiasing filter would mix the white frame into the border of the sample
     image = Image.new("RGB", (64, 64), "white")
     image.paste((0, 0, 0), (10, 20, 50, 60))
     assert np.asarray(render(image, Control((64, 64), (20, 10), (40, 40), (16, 16)))).max() == 0
@@ -89,7 +91,7 @@ def test_no_pixel_outside_the_crop_is_read():
 @settings(max_examples=80, deadline=None)
 def test_sample_shows_what_the_record_says(transform, height, width, seed):
     pixels, control = transform(gradient(height, width), Random(seed))
-    if min(control.original_size) < 16:  # too coarse for a gradient
+    if min(control.original_size) < 16:  # too coarse to compare gradients
         return
     shown = (pixels + 1) / 2
     for axis, channel in enumerate(shown[:2]):
@@ -128,7 +130,7 @@ def test_reduction_loses_detail_and_is_recorded():
         whole = Control((height, width), control.crops_coords_top_left, control.crop_size, (64, 64))
         assert torch.equal(pixels, to_pixels(render(expected, whole)))
     octaves = np.histogram(np.log2(sizes), bins=3, range=(4, 7))[0]
-    assert octaves.min() > 45  # log-uniform: a third each
+    assert octaves.min() > 45  # log-uniform: a third in each interval
 
 
 def test_image_decoded_smaller_is_cropped_at_the_same_place():
@@ -156,7 +158,7 @@ def test_defaults_leave_nothing_to_chance():
 
 def test_extent_is_uniform_above_min_crop():
     transform = ImageTransform(32, "crop_then_resize", "random", min_crop=0.5)
-    extents = [transform.draw((1000, 1500), Random(seed)).crop_size[0] for seed in range(400)]
+    extents = [transform.sample_control((1000, 1500), Random(seed)).crop_size[0] for seed in range(400)]
     assert 500 <= min(extents) < 520 and 980 < max(extents) <= 1000 and np.mean(extents) == pytest.approx(750, abs=25)
 
 
@@ -182,3 +184,24 @@ def test_pixels_span_minus_one_to_one():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ImageTransform(**{"resolution": 32, **arguments})
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3), st.integers(0, 2**63 - 1))
+def test_the_record_has_the_colour_of_the_sample_or_none(rgb, seed):
+    image = Image.new("RGB", (16, 16), rgb)
+    image.paste("black", (0, 0, 8, 16))
+    _, control = ImageTransform(16, measured=["colour"])(image, Random(seed))
+    luminance = np.dot(rgb, (0.299, 0.587, 0.114)) / 255 / 2  # of both halves
+    saturation = (max(rgb) - min(rgb)) / max(*rgb, 1) / 2
+    known = [luminance, luminance, saturation, saturation]
+    assert control.colour is None or control.colour == pytest.approx(known, abs=0.5 / 255)
+
+
+def test_one_sample_in_ten_has_no_colour():
+    image, transform = noise(8, 8), ImageTransform(8, measured=["colour"])
+    unknown = [transform(image, Random(seed))[1].colour is None for seed in range(1000)]
+    assert 70 < sum(unknown) < 130
+
+
+def test_what_is_not_asked_for_is_not_measured():
+    assert ImageTransform(8)(noise(8, 8), Random(0))[1].colour is None

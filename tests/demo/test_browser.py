@@ -1,91 +1,34 @@
-"""The demo as a visitor meets it: a real process, the bundled pipeline, a real browser."""
+"""The demo for a visitor: a real process, the bundled pipeline and a real browser."""
 
 import io
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-import improved_ldm
-
-CHROMIUM = shutil.which("chromium")
-ROOT = Path(improved_ldm.__file__).parents[1]
 SIDE = 28  # pixels of the whole image
 MARGIN, CANVAS = 15, 600  # canvas pixels
-PATIENCE = 120  # seconds
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no `chromium` on the PATH"),
+    pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no `chromium` on the PATH"),
 ]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The address of a running demo, started where no quickstart has been run."""
-    folder = tmp_path_factory.mktemp("demo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}/", folder / "log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "improved_ldm.demo", "--port", str(port)]
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
-    ):
-        try:
-            _wait_for(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-
-
-def _wait_for(url, process, log):
-    for _ in range(10 * PATIENCE):
-        assert process.poll() is None, log.read_text()
-        try:
-            return urllib.request.urlopen(url).close()
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"no answer after {PATIENCE} s: {log.read_text()}")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A browser that keeps the page's scripts between visits and waits for a busy machine."""
-    expect.set_options(timeout=1000 * PATIENCE)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = chromium.new_context(viewport={"width": 1280, "height": 800})
-        context.set_default_timeout(1000 * PATIENCE)
-        yield context
-        chromium.close()
+def address(run_demo):
+    """The address of a running demo."""
+    with run_demo() as (url, _):
+        yield url
 
 
 @pytest.fixture
-def page(browser, address):
-    """A fresh visit; it must end without a console error, a failed request or a request to another server."""
-    page = browser.new_page()
-    problems = []
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("response", lambda response: response.status >= 400 and problems.append(response.url))
-    page.on("request", lambda request: request.url.startswith((address, "data:")) or problems.append(request.url))
-    page.goto(address)
-    page.locator("#view canvas").wait_for()
-    yield page
-    page.close()
-    assert problems == []
+def page(open_page, address):
+    """A new visit, without console errors, failed requests or requests to other servers."""
+    with open_page(address) as page:
+        yield page
 
 
 def _draw(page: Page) -> dict[str, np.ndarray]:
@@ -123,7 +66,7 @@ def _drag(page: Page, start: tuple[float, float], end: tuple[float, float]):
 
 
 def _has_handle_at(page: Page, top: float, left: float) -> bool:
-    """Whether the canvas is opaque white where a handle's centre would be."""
+    """Whether the canvas is opaque white at the centre of a handle."""
     x, y = (round(MARGIN + value / SIDE * (CANVAS - 2 * MARGIN)) for value in (left, top))
     read = f"canvas => [...canvas.getContext('2d').getImageData({x}, {y}, 1, 1).data]"
     return page.locator("#view canvas").evaluate(read) == [255, 255, 255, 255]
@@ -132,7 +75,7 @@ def _has_handle_at(page: Page, top: float, left: float) -> bool:
 def test_the_flip_mirrors_the_right_image_and_leaves_the_left_one(page):
     before = _draw(page)
     assert before["plain"].shape == (32, 32, 3) and before["plain"].std() > 20
-    assert (before["plain"] == before["asked"]).all()  # nothing is asked yet
+    assert (before["plain"] == before["asked"]).all()  # nothing is requested yet
     page.check("#view [name=flip]")
     after = _draw(page)
     assert (after["plain"] == before["plain"]).all()
@@ -147,7 +90,7 @@ def test_the_crop_is_drawn_dragged_and_asked_for(page):
     assert _has_handle_at(page, 4, 6) and _has_handle_at(page, 20, 24) and not _has_handle_at(page, 0, 0)
     _drag(page, (12, 15), (15, 11))  # the rectangle as a whole
     assert _numbers(page) == [7, 2, 16, 18]
-    _drag(page, (23, 20), (40, 16))  # its lower right corner, beyond the image
+    _drag(page, (23, 20), (40, 16))  # its lower right corner, dragged beyond the image
     assert _numbers(page) == [7, 2, SIDE - 7, 14]
     images = _draw(page)
     assert abs(images["plain"] - images["asked"]).mean() > 10
@@ -161,7 +104,7 @@ def test_typed_numbers_move_the_rectangle(page):
     for name, value in {"height": "10", "width": "12", "top": "5", "left": "40"}.items():
         page.fill(f"#view [name={name}]", value)
         page.press(f"#view [name={name}]", "Enter")
-    assert _numbers(page) == [5, SIDE - 12, 10, 12]  # what would leave the image is kept inside
+    assert _numbers(page) == [5, SIDE - 12, 10, 12]  # the rectangle is kept inside the image
     assert _has_handle_at(page, 5, SIDE - 12) and _has_handle_at(page, 15, SIDE)
     page.fill("#view [name=original_size]", "14")
     assert _numbers(page) == [2.5, 8, 5, 6]  # the same part of a smaller image
@@ -172,7 +115,7 @@ def test_typed_numbers_move_the_rectangle(page):
 def test_a_small_original_size_takes_detail_away(page):
     page.fill("#view [name=original_size]", "7")
     images = _draw(page)
-    assert page.input_value("#view [name=side]") == "7"  # still shown when the image came
+    assert page.input_value("#view [name=side]") == "7"  # still shown after the image arrives
     edges = {name: abs(np.diff(image[..., 0], axis=1)).max() for name, image in images.items()}
     assert edges["asked"] < 0.7 * edges["plain"]
 
@@ -207,7 +150,7 @@ def test_an_error_is_one_line_on_the_page(page):
     page.fill("#seed input", "")
     page.click("#draw")
     toast = page.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("`seed` is None; it must be a whole number ≥ 0.")
+    expect(toast).to_contain_text("`seed` is None; it must be a whole number from 0 to 2147483647.")
 
 
 def test_the_page_fits_a_small_screen(page):

@@ -1,4 +1,4 @@
-"""The demo's command: what it opens by default, and how it ends where it cannot open."""
+"""The demo's command: what it opens by default, and its errors if it cannot open a page."""
 
 import socket
 import sys
@@ -15,11 +15,30 @@ def test_the_default_is_where_the_quickstart_leaves_its_pipeline():
     assert RunConfig().output_dir == QUICKSTART
 
 
-@pytest.mark.parametrize("port", ["99999", "0", "-1", "web"])
-def test_a_port_that_cannot_be_is_named(port, capsys):
-    with pytest.raises(SystemExit):
-        main([f"--port={port}"])
-    assert f"it is {port!r}; it must be a whole number from 1 to 65535" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "valid"),
+    [
+        *[
+            ("port", value, "a whole number from 1 to 65535")
+            for value in ("99999", "0", "-1", "web", "", "²", "1" * 10)
+        ],
+        *[("queue", value, "a whole number from 1 to 1000") for value in ("0", "1001", "-1", "1.5", "all", "")],
+        *[
+            ("host", value, "an IPv4 address or a name of this")
+            for value in ("8.8.8.8", "256.0.0.1", "::1", "", "a b")
+        ],
+        *[
+            ("root_path", value, "a path such as /improved")
+            for value in ("improved", "/", "", "/a b", "/a?b", "ftp://a/b")
+        ],
+    ],
+)
+def test_an_option_that_cannot_be_is_named(option, value, valid):
+    with pytest.raises(SystemExit) as ended:
+        main([f"--{option}={value}"])
+    line = str(ended.value)
+    assert f"argument --{option}: it is {value!r}; it must be {valid}" in line
+    assert "\n" not in line
 
 
 def test_a_port_in_use_is_named():

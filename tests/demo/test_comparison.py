@@ -1,50 +1,56 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_ldm.conditioning.control import CONTROL_INPUTS, Control
-from improved_ldm.demo.comparison import Settings, View, compare
+from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control
+from improved_ldm.demo.comparison import (
+    CHOICES,
+    Settings,
+    View,
+    compare,
+    default_view,
+    described,
+    view_arguments,
+    whole_view,
+)
 
 
 @st.composite
 def views(draw):
-    """Rectangles inside square images, at fractions of a pixel as a browser computes them."""
+    """Rectangles inside square images, at fractions of a pixel as computed by a browser."""
     side = draw(st.floats(1, 4096))
     height, width = (side * draw(st.floats(0.01, 1)) for _ in range(2))
     top, left = ((side - extent) * draw(st.floats(0, 1)) for extent in (height, width))
-    return View(side, top, left, height, width, draw(st.booleans()))
+    return view_of(side, top, left, height, width, draw(st.booleans()))
+
+
+def view_of(side, top, left, height, width, flip=False) -> View:
+    return {"original_size": side, "top": top, "left": left, "height": height, "width": width, "flip": flip}
 
 
 @given(views())
 def test_every_view_inside_the_image_is_the_control_of_the_same_rectangle(view):
-    control = Control(target_size=(8, 8), **view.arguments(CONTROL_INPUTS))
-    assert control.to_row() == [
-        *(view.original_size, view.original_size, view.top, view.left, view.height, view.width),
-        *(8, 8, float(view.flip)),
-    ]
+    control = Control(target_size=(8, 8), **view_arguments(view, CONTROL_INPUTS))
+    side, *rectangle, flip = view.values()
+    assert control.to_row()[:9] == [side, side, *rectangle, 8, 8, float(flip)]
 
 
 @given(views(), st.sets(st.sampled_from(sorted(CONTROL_INPUTS))))
 def test_a_view_asks_for_nothing_that_is_not_read(view, read):
-    everything = view.arguments(CONTROL_INPUTS)
-    assert view.arguments(frozenset(read)) == {name: everything[name] for name in read & everything.keys()}
+    everything = view_arguments(view, CONTROL_INPUTS)
+    assert view_arguments(view, frozenset(read)) == {name: everything[name] for name in read & everything.keys()}
 
 
 def test_a_view_says_what_is_special_about_it():
-    whole = View.of_whole_image(28)
-    assert str(whole) == "28 px"
-    assert (
-        str(replace(whole, top=2, left=4.5, height=20, width=10, flip=True)) == "28 px · crop 20×10 at 2, 4.5 · flip"
-    )
+    assert described(whole_view(28, CONTROL_INPUTS)) == "28 px"
+    assert described(view_of(28, 2, 4.5, 20, 10, flip=True)) == "28 px · crop 20×10 at 2, 4.5 · flip"
 
 
 @pytest.fixture
 def settings():
-    return Settings("a red boot", 3, 2.0, 1.5, 2, View(8, 1, 2, 6, 4, flip=True))
+    return Settings("a red boot", 3, 2.0, 1.5, 2, view_of(8, 1, 2, 6, 4, flip=True))
 
 
 def _pixels(image):
@@ -52,7 +58,9 @@ def _pixels(image):
 
 
 def _assert_same(one, other):
-    assert one.size == other.size and abs(_pixels(one) - _pixels(other)).max() <= 1  # a level: float32 in batches
+    assert (
+        one.size == other.size and abs(_pixels(one) - _pixels(other)).max() <= 1
+    )  # one level, because batches round differently in float32
 
 
 def test_left_is_the_default_of_the_pipeline_and_right_the_asked_view(text_pipeline, settings):
@@ -68,7 +76,7 @@ def test_left_is_the_default_of_the_pipeline_and_right_the_asked_view(text_pipel
 def test_a_default_original_size_holds_for_the_plain_image(text_pipeline, settings):
     pipe = text_pipeline()
     pipe.register_to_config(default_original_size=5)
-    plain, asked = compare(pipe, settings._replace(view=View.of_whole_image(5)))
+    plain, asked = compare(pipe, settings._replace(view=whole_view(5, CONTROL_INPUTS)))
     _assert_same(plain, asked)
 
 
@@ -78,7 +86,7 @@ def test_progress_counts_the_steps(text_pipeline, settings):
     assert steps == [1, 2]
 
 
-@pytest.mark.parametrize("conditioning", ["disentangled", "published"])  # the published DiT reads no control
+@pytest.mark.parametrize("conditioning", ["disentangled", "published"])  # the published DiT does not read control
 def test_class_models_are_asked_as_far_as_they_read(class_pipeline, settings, conditioning):
     pipe = class_pipeline(conditioning=conditioning)
     plain, asked = compare(pipe, settings._replace(subject=2, control_guidance_scale=1.0))
@@ -86,9 +94,18 @@ def test_class_models_are_asked_as_far_as_they_read(class_pipeline, settings, co
     assert (_pixels(plain) == _pixels(asked)).all() == (conditioning == "published")
 
 
+def test_every_choice_changes_the_drawing_and_is_said(class_pipeline, settings):
+    pipe = class_pipeline(control_parts=CONTROL_PARTS)
+    for row in CHOICES:
+        choice = True if row.is_switch else next(iter(row.shown(8)))
+        view = default_view(pipe) | {row.name: choice}
+        plain, asked = compare(pipe, settings._replace(subject=1, view=view))
+        assert (_pixels(plain) != _pixels(asked)).any() and row.name in described(view)
+
+
 def test_the_pipeline_refuses_a_view_outside_the_image(text_pipeline, settings):
     with pytest.raises(ValueError, match="`crops_coords_top_left` 7 plus `crop_size` 6 leaves the image"):
-        compare(text_pipeline(), settings._replace(view=View(8, 7, 0, 6, 8)))
+        compare(text_pipeline(), settings._replace(view=view_of(8, 7, 0, 6, 8)))
 
 
 def _generator(seed):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.diffusion.objectives import FlowObjective, make_objective, objective_loss
+from improved_ldm.seeds import uniform
 
 SHAPE = (4, 2, 3, 3)
 DISCRETE = ["epsilon", "v_prediction"]
@@ -16,7 +17,7 @@ def latents_and_noise(seed=0):
 
 
 def levels(objective, timestep):
-    """sqrt(ᾱ_t) and sqrt(1 − ᾱ_t), as an objective adds noise."""
+    """sqrt(ᾱ_t) and sqrt(1 − ᾱ_t), derived from the noise that an objective adds."""
     ones = torch.ones(len(timestep), 1, 1, 1)
     signal = objective.add_noise(ones, torch.zeros_like(ones), timestep)
     return signal, objective.add_noise(torch.zeros_like(ones), ones, timestep)
@@ -68,7 +69,7 @@ def test_flow_runs_from_data_to_noise():
 
 
 def oracle_sample(objective, steps):
-    """What the objective's sampler makes of noise when every prediction is the true target."""
+    """The result of the objective's sampler if every prediction is the true target."""
     latents, noise = latents_and_noise()
     scheduler = objective.sampling_scheduler()
     scheduler.set_timesteps(steps)
@@ -105,32 +106,38 @@ def test_samplers_start_at_the_noisiest_timestep(prediction):
     assert scheduler.config.num_train_timesteps == 1000
 
 
+def fractions(count, seed):
+    return uniform(torch.tensor([seed]), (count,))[0]
+
+
 @pytest.mark.parametrize("prediction", DISCRETE)
 @given(seed=st.integers(0, 2**32))
 def test_discrete_timesteps_are_in_range(prediction, seed):
-    timestep = make_objective(prediction).draw_timesteps(64, torch.Generator().manual_seed(seed))
+    timestep = make_objective(prediction).timestep_quantile(fractions(64, seed))
     assert timestep.shape == (64,) and timestep.dtype == torch.int64
     assert timestep.min() >= 0 and timestep.max() <= 999
 
 
 @given(seed=st.integers(0, 2**32), shift=st.floats(0.1, 10), mean=st.floats(-3, 3), std=st.floats(0.1, 3))
 def test_flow_timesteps_are_in_range(seed, shift, mean, std):
-    timestep = FlowObjective(shift, mean, std).draw_timesteps(64, torch.Generator().manual_seed(seed))
+    timestep = FlowObjective(shift, mean, std).timestep_quantile(fractions(64, seed))
     assert timestep.shape == (64,) and timestep.is_floating_point()
     assert timestep.min() >= 0 and timestep.max() <= 1000
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_timesteps_are_a_function_of_the_generator(prediction):
-    objective = make_objective(prediction)
-    first, second = (objective.draw_timesteps(8, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert_close(first, second, rtol=0, atol=0)
+def test_timesteps_rise_with_the_fraction(prediction):
+    timestep = make_objective(prediction).timestep_quantile(fractions(64, 3).sort().values)
+    assert (timestep.diff() >= 0).all() and timestep[0] < 100 and timestep[-1] > 900
 
 
-def test_a_larger_shift_draws_noisier_timesteps():
-    means = [
-        FlowObjective(shift).draw_timesteps(4096, torch.Generator().manual_seed(0)).mean() for shift in (0.5, 1, 3)
-    ]
+def test_discrete_timesteps_are_equally_likely():
+    timestep = make_objective("epsilon").timestep_quantile((torch.arange(10_000) + 0.5) / 10_000)
+    assert timestep.bincount().tolist() == [10] * 1000
+
+
+def test_a_larger_shift_gives_noisier_timesteps():
+    means = [FlowObjective(shift).timestep_quantile(fractions(4096, 0)).mean() for shift in (0.5, 1, 3)]
     assert means == sorted(means)
     assert means[1] == pytest.approx(500, abs=20)
 
@@ -158,7 +165,7 @@ def test_min_snr_weights_are_their_formulas():
 def test_loss_is_zero_at_the_target_and_the_mean_square_elsewhere(prediction):
     objective = make_objective(prediction)
     target, _ = latents_and_noise()
-    timestep = objective.draw_timesteps(4, torch.Generator().manual_seed(0))
+    timestep = objective.timestep_quantile(fractions(4, 0))
     assert objective_loss(objective, target, target, timestep) == 0
     assert_close(objective_loss(objective, target + 2, target, timestep), torch.tensor(4.0))
 
@@ -183,9 +190,8 @@ def test_loss_is_float32_for_half_predictions():
 def test_a_rescaled_objective_adds_noise_of_the_rescaled_signal(prediction, scale, level):
     before = make_objective(prediction)
     after = before.rescaled(32, scale * 32)
-    if prediction == "flow":  # the levels themselves move, with the shift of those that are drawn
-        seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
-        timesteps = [objective.draw_timesteps(4, seed) for objective, seed in zip((before, after), seeds, strict=True)]
+    if prediction == "flow":  # the noise levels themselves move, because the sampled levels are shifted
+        timesteps = [objective.timestep_quantile(fractions(4, 0)) for objective in (before, after)]
     else:
         timesteps = [level.long()] * 2
     signals, noises = zip(*(levels(o, t) for o, t in zip((before, after), timesteps, strict=True)), strict=True)
@@ -200,7 +206,7 @@ def test_a_rescaled_objective_keeps_what_it_predicts_and_weighs(prediction, weig
     after = before.rescaled(16, 32)
     assert (after.prediction, after.loss_weighting) == (prediction, weighting)
     assert after.sampling_scheduler().config.prediction_type == prediction
-    sampler, forward = after.sampling_scheduler().alphas_cumprod, after.forward_process.alphas_cumprod
+    sampler, forward = after.sampling_scheduler().alphas_cumprod, after.scheduler.alphas_cumprod
     assert_close(sampler, forward, rtol=0, atol=0)
     assert after.loss_weight(torch.arange(1000)).isfinite().all()
 
@@ -215,7 +221,7 @@ def test_a_rescaled_flow_objective_keeps_its_density():
 def test_objectives_of_the_same_resolution_add_the_same_noise(prediction):
     before = make_objective(prediction)
     latents, noise = latents_and_noise()
-    timestep = before.draw_timesteps(4, torch.Generator().manual_seed(0))
+    timestep = before.timestep_quantile(fractions(4, 0))
     same = before.rescaled(32, 32).add_noise(latents, noise, timestep)
     assert_close(same, before.add_noise(latents, noise, timestep), rtol=0, atol=0)
 

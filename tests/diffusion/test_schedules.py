@@ -90,7 +90,7 @@ def test_every_scheduler_is_rescaled_to_its_own_class(scheduler_class):
     after = rescale_scheduler(before, 16, 32)
     assert type(after) is scheduler_class
     assert_close(signal_to_noise(after), expected, rtol=1e-4, atol=0)
-    assert before.config.trained_betas is None  # it stays as it is
+    assert before.config.trained_betas is None  # it is unchanged
 
 
 @given(SIDE, st.floats(1, 8))
@@ -134,7 +134,9 @@ def test_a_rescaled_flow_moves_its_noise_levels(shift, from_side, to_side):
     before = flow_scheduler(shift)
     after = rescale_scheduler(before, from_side, to_side)
     scale, sigma = to_side / from_side, before.sigmas.double()
-    rounding = 1e-6 / min(1, shift, shift * scale)  # of 1 + (shift − 1) σ, which diffusers computes in float32
+    rounding = 1e-6 / min(
+        1, shift, shift * scale
+    )  # rounding of 1 + (shift − 1) σ, which diffusers computes in float32
     assert_close(after.sigmas.double(), scale * sigma / (1 + (scale - 1) * sigma), rtol=rounding, atol=0)
     assert after.config.shift == pytest.approx(shift * scale)
 

@@ -1,16 +1,16 @@
-"""Real images and the networks that measure them."""
+"""Real images and measuring networks."""
 
 import pytest
 
 from improved_ldm.data.sources import open_rows
-from improved_ldm.embedded import resolve
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.obedience import RealImages, load_real_images
+from improved_ldm.places import resolve
 
 
 @pytest.fixture(scope="session")
 def real() -> RealImages:
-    """1000 images of the embedded test split, whole, at 32 pixels."""
+    """1000 uncropped images of the embedded test split at 32 pixels."""
     return load_real_images(open_rows("embedded:fashion-mnist", "test", label_column="label"), 32, 1000)
 
 
@@ -22,10 +22,8 @@ def judge() -> Judge:
 
 @pytest.fixture
 def no_downloads(monkeypatch, tmp_path):
-    """Torch hub with an empty cache, `TORCH_HOME/hub/checkpoints`, and no way out; gives that folder."""
+    """Gives torch hub an empty cache and returns its folder, `TORCH_HOME/hub/checkpoints`. Tests have no network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoTokenizer, CLIPModel
 
-from improved_ldm.embedded import ASSETS
 from improved_ldm.evaluation.clip_score import open_clip_scorer
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.networks import MissingWeightsError, to_bytes
+from improved_ldm.places import ASSETS
 
 OPEN_CLIP = "ViT-S-32-alt"
 
@@ -24,7 +24,7 @@ def test_the_score_is_a_hundred_times_the_positive_cosine(scorer, real):
     clip, tokenizer = CLIPModel.from_pretrained(ASSETS / "clip").eval(), AutoTokenizer.from_pretrained(ASSETS / "clip")
     inputs = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
     output = clip(**inputs, pixel_values=pixels)
-    cosines = (output.image_embeds * output.text_embeds).sum(1)  # CLIPModel gives them with unit length
+    cosines = (output.image_embeds * output.text_embeds).sum(1)  # the embeddings of CLIPModel have unit length
     assert cosines.min() < 0 < cosines.max()
     torch.testing.assert_close(scorer(pixels, prompts), 100 * cosines.clamp(min=0), rtol=1e-3, atol=1e-2)
 
@@ -67,11 +67,11 @@ def test_open_clip_scores_with_its_own_tokenizer_and_preprocessing(tmp_path, rea
 
 
 def test_each_image_needs_a_prompt(scorer, real):
-    with pytest.raises(ValueError, match="`prompts` has 2; it must have one for each of 3 images"):
+    with pytest.raises(ValueError, match="`prompts` has length 2; it must have one prompt per image, 3"):
         scorer(real.pixels[:3], ["a bag", "a coat"])
 
 
 @pytest.mark.parametrize("place", ["nobody/nothing", "embedded:judge", f"open_clip:{OPEN_CLIP}:nowhere.pt"])
 def test_missing_weights_are_named_with_the_other_places(place):
-    with pytest.raises(MissingWeightsError, match=rf"'{place}' cannot be had.*'embedded:clip'"):
+    with pytest.raises(MissingWeightsError, match=rf"'{place}' are not available.*'embedded:clip'"):
         open_clip_scorer(place)

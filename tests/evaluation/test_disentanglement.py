@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from improved_ldm.conditioning.control import ScalarsEmbedding
+from improved_ldm.conditioning.control_embedding import LevelEmbedding
 from improved_ldm.evaluation.disentanglement import control_distances
 from improved_ldm.evaluation.judge import Judge
-from improved_ldm.evaluation.obedience import draw, reduced
+from improved_ldm.evaluation.obedience import reduced, sample_images
 from improved_ldm.evaluation.perceptual import open_perceptual
 
 COUNT = 12
@@ -18,13 +18,13 @@ OF_FLIP = {"flip_distance"}
 
 @pytest.fixture(scope="module")
 def small(real):
-    """Real images of 8 pixels a side."""
+    """Real images of 8 x 8 pixels."""
     return replace(real, pixels=F.interpolate(real.pixels, size=8, mode="area"))
 
 
 @pytest.fixture(scope="module")
 def distance(tmp_path_factory):
-    """The distance of a random judge of 8 pixels."""
+    """The distance of a random judge for 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
     Judge(sample_size=8, widths=(8, 8)).save_pretrained(folder)
@@ -53,10 +53,10 @@ def test_a_denoiser_that_is_deaf_to_its_control_changes_nothing_but_what_is_mirr
 ):
     pipeline = class_pipeline(num_classes=10)
     for module in pipeline.denoiser.modules():
-        if isinstance(module, ScalarsEmbedding):
+        if isinstance(module, LevelEmbedding):
             module.zero_start()
     distances = control_distances(pipeline, distance, small, COUNT)
-    plain = draw(pipeline, *small.prompts(COUNT), seed=0).clamp(-1, 1)
+    plain = sample_images(pipeline, *small.prompts(COUNT), seed=0).clamp(-1, 1)
     assert distances["original_size_distance"] == distances["crop_distance"] == 0
     assert distances["flip_distance"] == pytest.approx(distance(plain, plain.flip(-1)).mean().item(), rel=1e-3)
 
@@ -72,10 +72,10 @@ def test_distances_are_the_mean_over_sizes_and_the_cost_of_obedience_that_of_rea
     pipeline = class_pipeline(num_classes=10, control_parts=("size",))
     pipeline.register_to_config(default_original_size=16)
     prompts, labels = small.prompts(COUNT)
-    plain = draw(pipeline, prompts, labels, seed=3)
+    plain = sample_images(pipeline, prompts, labels, seed=3)
     samples, reals = [], []
     for size in (14, 12, 10, 8):
-        smaller = draw(pipeline, prompts, labels, seed=3, original_size=[(size, size)] * COUNT)
+        smaller = sample_images(pipeline, prompts, labels, seed=3, original_size=[(size, size)] * COUNT)
         samples.append(distance(plain.clamp(-1, 1), smaller.clamp(-1, 1)).mean())
         originals = small.pixels[:COUNT]
         reals.append(distance(originals, reduced(originals, size).clamp(-1, 1)).mean())

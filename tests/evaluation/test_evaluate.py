@@ -26,7 +26,7 @@ def network():
 
 @pytest.fixture
 def scores(reference, network, tmp_path):
-    """Scores images, (images, 3, 32, 32) in [-1, 1], as a folder of files."""
+    """Scores images (images, 3, 32, 32) in [-1, 1] from a folder of files."""
 
     def measure(pixels, batch_size=16):
         for number, image in enumerate(to_bytes(pixels)):
@@ -39,7 +39,7 @@ def scores(reference, network, tmp_path):
 def test_the_reference_itself_scores_best(scores, reference):
     found = scores(torch.cat(list(reference.batches(16))))
     assert found["fid"] == pytest.approx(0, abs=1e-6)
-    assert found["kid"] < 0.1  # below zero: the sets are not independent
+    assert found["kid"] < 0.1  # negative, because the sets are not independent
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
     assert 4 < found["inception_score"] <= 10
     assert "clip_score" not in found

@@ -23,16 +23,16 @@ from transformers import (
 )
 
 from improved_ldm.data.transforms import to_pixels
-from improved_ldm.embedded import ASSETS
 from improved_ldm.evaluation.features import Features, open_features
 from improved_ldm.evaluation.networks import MissingWeightsError, to_bytes
+from improved_ldm.places import ASSETS
 
 OPEN_CLIP = "ViT-S-32-alt"
 
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    """Random weights of torch-fidelity's Inception, which cannot be made without weights of some kind."""
+    """Random weights of torch-fidelity's Inception, whose constructor requires a weights file."""
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
@@ -55,7 +55,7 @@ def open_clip_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """A random DINOv2 and its processor, which resizes the shorter side to 32 and crops 28 pixels."""
+    """A random DINOv2 and its processor, which resizes the shorter side to 32 and crops to 28 pixels."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dinov2")
     config = Dinov2Config(image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -67,7 +67,7 @@ def dinov2(tmp_path_factory):
 
 
 def images(count=3, height=32, width=32):
-    """Smooth random images, (count, 3, height, width) in [-1, 1]."""
+    """Smooth random images (count, 3, height, width) in [-1, 1]."""
     small = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return F.interpolate(small, size=(height, width), mode="bilinear")
 
@@ -195,8 +195,10 @@ def test_weights_that_a_model_lacks_are_not_random(dinov2, tmp_path):
     _, model, processor = dinov2
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "out_indices": None}))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 3, "out_indices": None}), encoding="utf-8"
+    )
     with pytest.raises(MissingWeightsError, match=r"encoder\.layer\.2.* would be random"):
         open_features(str(tmp_path))
 
@@ -234,8 +236,8 @@ def test_clip_gives_its_image_embedding(real):
         (torch.zeros(3, 32, 32), r"`pixels` is \(3, 32, 32\)"),
         (torch.zeros(2, 1, 32, 32), r"`pixels` is \(2, 1, 32, 32\)"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "uint8; it must be .* floats"),
-        (torch.full((2, 3, 32, 32), 255.0), "`pixels` reaches 255; it must be in"),
-        (torch.full((2, 3, 32, 32), torch.nan), "`pixels` reaches nan; it must be in"),
+        (torch.full((2, 3, 32, 32), 255.0), "`pixels` has absolute values up to 255; it must be in"),
+        (torch.full((2, 3, 32, 32), torch.nan), "`pixels` has absolute values up to nan; it must be in"),
     ],
 )
 def test_what_is_no_batch_of_images_is_refused(pixels, message):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from improved_ldm import DiTDenoiser, ImprovedLDMPipeline
 from improved_ldm.conditioning.control import Control
 from improved_ldm.diffusion.objectives import make_objective
-from improved_ldm.evaluation.obedience import RealImages, draw, evaluate_obedience
+from improved_ldm.evaluation.obedience import RealImages, evaluate_obedience, sample_images
 from improved_ldm.evaluation.probe import CORNERS, CROPS, WHOLE, Crop, CropProbe, cropped
 from improved_ldm.trainer.components import load_autoencoder
 from improved_ldm.trainer.config import AutoencoderConfig
@@ -74,7 +74,7 @@ def test_further_arguments_are_of_every_call(untrained, judge, few):
 
 def test_orientation_is_left_out_where_no_class_of_the_samples_has_one(untrained, judge, few):
     counts = {"num_samples": 2, "num_coverage_samples": 6, "num_detail_samples": 1}
-    results = evaluate_obedience(untrained, judge, few, **counts)  # of the classes 0 and 1
+    results = evaluate_obedience(untrained, judge, few, **counts)  # samples of the classes 0 and 1
     assert not [name for name in results if "orientation" in name]
     assert json.dumps(results, allow_nan=False)
 
@@ -87,7 +87,8 @@ def test_only_control_that_the_denoiser_reads_is_measured(judge, few, class_pipe
 
 
 def test_a_pipeline_without_a_default_original_size_is_asked_for_its_own(untrained, judge, few):
-    pipeline = ImprovedLDMPipeline(**untrained.components, default_guidance_scale=2.0, default_num_inference_steps=2)
+    settings = {"default_original_size": None, "default_guidance_scale": 2.0, "default_num_inference_steps": 2}
+    pipeline = ImprovedLDMPipeline(**untrained.components, **settings)
     pipeline.set_progress_bar_config(disable=True)
     results = evaluate_obedience(pipeline, judge, few, num_samples=10, num_coverage_samples=10, num_detail_samples=10)
     assert results["detail_original_sizes"] == [32, 28, 24, 20, 16]
@@ -121,6 +122,6 @@ def test_the_probe_is_the_same_each_time(real):
 
 def test_drawn_images_depend_on_their_own_seed_only(untrained):
     labels = torch.arange(4)
-    together = draw(untrained, [""] * 4, labels, seed=5)
-    last = draw(untrained, [""], labels[3:], seed=8)
+    together = sample_images(untrained, [""] * 4, labels, seed=5)
+    last = sample_images(untrained, [""], labels[3:], seed=8)
     torch.testing.assert_close(together[3:], last, rtol=1e-4, atol=1e-4)

@@ -49,7 +49,7 @@ def test_the_hash_is_of_images_order_and_size_alone(reference):
         reference(size=(16, 16)),
         reference(size=(32, 16)),
     ]
-    assert len({one, *(other.sha256 for other in others)}) == 5  # the first two are the same images
+    assert len({one, *(other.sha256 for other in others)}) == 5  # the first two contain the same images
 
 
 def test_at_most_so_many_images_are_taken(reference):

@@ -11,7 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from improved_ldm.data.samples import make_loader
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation import scores
@@ -45,7 +45,7 @@ def blur(pixels, times=1):
 
 
 def two_sets(num_real, num_fake, dim, shift=0.3, seed=0):
-    """Correlated features of a real and of a shifted, scaled fake set."""
+    """Correlated features of a real set and of a shifted and scaled fake set."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=generator) / dim**0.5
     real, fake = (torch.randn(count, dim, generator=generator) @ mixing for count in (num_real, num_fake))
@@ -53,7 +53,7 @@ def two_sets(num_real, num_fake, dim, shift=0.3, seed=0):
 
 
 def sqrtm_distance(real, fake):
-    """The Fréchet distance as its definition has it."""
+    """The Fréchet distance by its definition."""
     real, fake = real.double().numpy(), fake.double().numpy()
     shift, covariances = real.mean(0) - fake.mean(0), [np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, fake)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
@@ -61,12 +61,12 @@ def sqrtm_distance(real, fake):
 
 
 def all_pairs(a, b):
-    """Distances of all pairs at once, without a matrix product."""
+    """Distances between all pairs, without a matrix product."""
     return np.linalg.norm(a.double().numpy()[:, None] - b.double().numpy()[None], axis=-1)
 
 
 def whole_manifold_scores(real, fake, nearest_k):
-    """The four scores from whole distance matrices, as their papers define them."""
+    """The four scores from full distance matrices, by their definitions."""
     between = all_pairs(real, fake)
     real_radii, fake_radii = (np.sort(all_pairs(x, x), axis=1)[:, nearest_k] for x in (real, fake))
     return {
@@ -213,7 +213,7 @@ def test_coverage_and_recall_fall_when_modes_are_missing_and_precision_does_not(
 
 def test_manifold_scores_count_the_balls_that_hold_a_fake():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # radii with one neighbour: 1, 1, 1, 8
-    fake = torch.tensor([[2.5], [20.0]])  # both 17.5; 2.5 lies in the balls of 2 and of 10
+    fake = torch.tensor([[2.5], [20.0]])  # both 17.5; 2.5 is in the balls around 2 and 10
     expected = {"precision": 0.5, "recall": 1.0, "density": 1.0, "coverage": 0.5}
     assert manifold_scores(real, fake, nearest_k=1) == expected
 
@@ -223,7 +223,7 @@ def test_scores_of_two_sets_name_what_is_wrong(score):
     good, bad = torch.rand(9, 4), torch.rand(9, 4)
     bad[3, 1] = torch.nan
     for real, fake, message in (
-        (good, torch.rand(9, 5), "`real` has 4 dimensions, `fake` 5"),
+        (good, torch.rand(9, 5), "`real` has 4 dimensions and `fake` 5"),
         (good, bad, "`fake` has NaN or infinity in 1 of 9 samples"),
         (bad, good, "`real` has NaN or infinity in 1 of 9 samples"),
         (good, good[:1], r"`fake` is \(1, 4\); it must be \(samples ≥"),

@@ -17,7 +17,7 @@ def test_every_combination_ends_included():
 @pytest.mark.parametrize(
     ("text", "scales"),
     [
-        ("guidance_scale=1:1.3:0.1", [1.0, 1.1, 1.2, 1.3]),  # the sum of the steps falls short of the end
+        ("guidance_scale=1:1.3:0.1", [1.0, 1.1, 1.2, 1.3]),  # rounding makes the sum of the steps smaller than the end
         ("guidance_scale=1:2:0.4", [1.0, 1.4, 1.8]),
         ("guidance_scale=3", [3.0]),
         ("guidance_scale=2:2:1", [2.0]),
@@ -30,10 +30,10 @@ def test_ranges(text, scales):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("guidance_scale=1:8", "must be name=from:to:step"),
+        ("guidance_scale=1:8", "must be name=start:stop:step"),
         ("guidance=1:8:1", "one of guidance_scale, control_guidance_scale"),
         ("guidance_scale=1:8:0", "step must be > 0"),
-        ("guidance_scale=8:1:1", "end not below the start"),
+        ("guidance_scale=8:1:1", "stop ≥ the start"),
         ("guidance_scale=1 guidance_scale=2", "twice"),
         (" ", "must name guidance_scale or control_guidance_scale"),
     ],
@@ -56,7 +56,7 @@ def test_both_files_are_written(tmp_path, with_clip):
         for scale in (1.0, 3.0, 5.0)
     ]
     write_sweep(records, tmp_path / "sweep")
-    sweep = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    sweep = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))
     assert [point["scores"] for point in sweep["points"]] == [record["scores"] for record in records]
     assert sweep["samples"] == {"images": 8}
     assert sweep["features"] == records[0]["features"]

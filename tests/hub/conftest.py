@@ -16,37 +16,37 @@ from tests.hub.minihub import MiniHub
 ROOT = Path(__file__).parents[2]
 PUBLISH = ROOT / "training" / "publish.py"
 TOKEN, STRANGERS_TOKEN = "hf_" + "Abc123" * 6, "hf_" + "Xyz789" * 6
-PATIENCE = 300  # seconds that a process may take
+PATIENCE = 300  # time limit of a process in seconds
 
 
 class Clients:
-    """Runs scripts with the real clients of the Hub, each in a process of its own that takes the double for the Hub.
+    """Runs scripts with the real clients of the Hub. Each has its own process, which uses the double as the Hub.
 
     Args:
-        server: the process of `fork_server.py`.
-        folder: for what they write.
+        server: Process of `fork_server.py`.
+        folder: Folder for the output of the scripts.
     """
 
     def __init__(self, server: subprocess.Popen, folder: Path):
         self.server, self.folder = server, folder
         self.outputs: dict[int, Path] = {}
 
-    def start(self, script: Path, *arguments: str, token: str = TOKEN) -> int:
-        """Run a script; returns the number of its process."""
+    def start(self, script: Path, *arguments: str, token: str = TOKEN, **environment: str) -> int:
+        """Start a script and return its process id."""
         output = self.folder / f"output-{len(self.outputs)}.txt"
-        environment = {"HF_TOKEN": token}
+        environment = {"HF_TOKEN": token, **environment}
         order = {"run": [str(script), *arguments], "output": str(output), "environment": environment}
         process = self._ask(order | {"seconds": PATIENCE})
         self.outputs[process] = output
         return process
 
     def wait(self, process: int) -> tuple[int, str]:
-        """Wait for the end of a process; returns its exit code and what it wrote."""
-        return self._ask({"wait": process}), self.outputs[process].read_text()
+        """Wait for the end of a process and return its exit code and output."""
+        return self._ask({"wait": process}), self.outputs[process].read_text(encoding="utf-8")
 
-    def run(self, script: Path, *arguments: str, token: str = TOKEN, code: int = 0) -> str:
-        """Run a script to its end, which must have this exit code; returns what it wrote."""
-        reached, output = self.wait(self.start(script, *arguments, token=token))
+    def run(self, script: Path, *arguments: str, token: str = TOKEN, code: int = 0, **environment: str) -> str:
+        """Run a script, check its exit code and return its output."""
+        reached, output = self.wait(self.start(script, *arguments, token=token, **environment))
         assert reached == code, output
         return output
 
@@ -58,7 +58,7 @@ class Clients:
         self.run(ROOT / "tests" / "hub" / "clients.py", function, json.dumps(arguments))
 
     def drawing(self, source: str | Path, **options) -> tuple[np.ndarray, list | None]:
-        """What a pipeline draws, and its lineage."""
+        """An image sampled from a pipeline, and the pipeline's lineage."""
         file = self.folder / "drawing.npz"
         self.call("draw", source=str(source), file=str(file), **options)
         kept = np.load(file)
@@ -71,13 +71,13 @@ class Clients:
 
 
 def publishing(folder: Path, version: str) -> list[str]:
-    """The arguments that publish a folder."""
+    """The command-line arguments to publish a folder."""
     return ["--pipeline", str(folder), "--repo", "user/model", "--version", version]
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """What a process needs to know to take the double for the Hub, and the double itself."""
+    """The double of the Hub, and the environment variables with which a process uses it."""
     home = tmp_path_factory.mktemp("home")
     with MiniHub({TOKEN: "user", STRANGERS_TOKEN: "stranger"}, tmp_path_factory.mktemp("xet")) as server:
         variables = os.environ | {
@@ -86,6 +86,7 @@ def environment(tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # otherwise, `datasets` contacts another host
         }
         yield server, {key: value for key, value in variables.items() if key != "HF_HUB_OFFLINE"}
 
@@ -102,7 +103,7 @@ def fork_server(environment):
 
 @pytest.fixture
 def hub(environment):
-    """The double, empty."""
+    """The double of the Hub, without repositories."""
     server, _ = environment
     server.clear()
     return server
@@ -115,7 +116,7 @@ def clients(hub, fork_server, tmp_path) -> Clients:
 
 @pytest.fixture
 def trained_folder(class_pipeline, tmp_path):
-    """Makes the folder of a finished run from a tiny pipeline; a seed draws other weights of its denoiser."""
+    """Makes the folder of a finished run from a tiny pipeline; another seed gives other weights of the denoiser."""
 
     def make(name: str = "run", seed: int = 0, lineage=None, **denoiser) -> Path:
         folder, pipeline = tmp_path / name, class_pipeline(**denoiser)
@@ -124,14 +125,14 @@ def trained_folder(class_pipeline, tmp_path):
         pipeline.register_to_config(lineage=lineage)
         pipeline.save_pretrained(folder)
         config = RunConfig(output_dir=folder.as_posix()).model_dump(mode="json")
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         Image.effect_noise((64, 64), seed + 10).save(folder / "samples.png")
         numbers = {"parameters": 1, "images_seen": 1, "device": "CPU", "command": "train", "obedience": {}}
         write_card(folder, pipeline, config, numbers, 1, "samples.png")
-        (folder / "metrics.json").write_text(json.dumps(numbers))
+        (folder / "metrics.json").write_text(json.dumps(numbers), encoding="utf-8")
         for path in ("checkpoints/step-00000001/optimizer.bin", "cache/a.safetensors", "logs/events", ".hidden"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(TOKEN)
+            (folder / path).write_text(TOKEN, encoding="utf-8")
         return folder
 
     return make

@@ -1,4 +1,4 @@
-"""A double of the Hugging Face Hub on 127.0.0.1: the endpoints that the real clients call, with faults on request."""
+"""A double of the Hugging Face Hub on 127.0.0.1: the endpoints that the real clients call, with optional faults."""
 
 import base64
 import hashlib
@@ -42,12 +42,12 @@ ROUTES = [
 
 
 class Endpoints(Connection):
-    """What the Hub answers."""
+    """The endpoints of the Hub."""
 
     server: "MiniHub"
 
     def dispatch(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
-        """Find the route of a request and follow it; returns status, answer and headers."""
+        """Call the handler of a request and return status, answer and headers."""
         self.query = parse_qs(urlsplit(self.path).query)
         method = "GET" if self.command == "HEAD" else self.command
         for route_method, pattern, handler in ROUTES:
@@ -56,7 +56,7 @@ class Endpoints(Connection):
                 arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                 if "name" in arguments:
                     arguments.setdefault("kind", "dataset" if arguments.pop("datasets", None) else "model")
-                if handler != "lfs_put":  # its address is the permission
+                if handler != "lfs_put":  # the URL itself grants access
                     self.user = self._authenticated()
                 try:
                     with self.server.store.lock:
@@ -66,7 +66,7 @@ class Endpoints(Connection):
                 return answer if isinstance(answer, tuple) else (200, answer, {})
         raise Refusal(404, "Not Found")
 
-    # Who may do what
+    # Permissions
 
     def _authenticated(self) -> str | None:
         header = self.headers.get("Authorization")
@@ -89,7 +89,7 @@ class Endpoints(Connection):
             raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
         return repository
 
-    # Repositories and what they hold
+    # Repositories and their content
 
     def create(self, body: bytes):
         asked = json.loads(body)
@@ -159,7 +159,7 @@ class Endpoints(Connection):
             {key: getattr(commit, key) for key in keys} | {"authors": [{"user": commit.author}]} for commit in history
         ]
 
-    # Commits and names
+    # Commits, branches and tags
 
     def preupload(self, body: bytes, kind: str, name: str, revision: str):
         self._writable(name)
@@ -274,11 +274,11 @@ class Endpoints(Connection):
 
 
 class MiniHub(ThreadingHTTPServer):
-    """The server; `with` starts and stops it.
+    """The server of the double; `with` starts and stops it.
 
     Args:
-        tokens: user by access token.
-        xet_root: where xet's contents are kept.
+        tokens: User names by access token.
+        xet_root: Folder for the contents uploaded with xet.
     """
 
     daemon_threads = True
@@ -298,7 +298,7 @@ class MiniHub(ThreadingHTTPServer):
         self.server_close()
 
     def clear(self):
-        """Forget everything but the tokens."""
+        """Remove everything except the tokens."""
         self.store = Store()
         self.log: list[Request] = []
         self.faults: list[Fault] = []
@@ -316,17 +316,24 @@ class MiniHub(ThreadingHTTPServer):
         """The content of a file of a model."""
         return self.store.contents[self.repository(name).resolve(revision).files[path].etag]
 
+    def write(self, name: str, files: dict[str, bytes], branch: str = "main"):
+        """Commit files to a branch of a model, as with the editor on the Hub's website."""
+        repository = self.repository(name)
+        known = repository.resolve(branch).files
+        added = {path: self.store.add_small(content) for path, content in files.items()}
+        self.store.commit(repository, branch, known | added, f"Update {', '.join(files)}", author="user")
+
     def uploads(self) -> list[str]:
-        """SHA-256 of the large files that were uploaded whole, in order."""
+        """SHA-256 of the completely uploaded large files, in order."""
         return [line.path[5:] for line in self.log if line.method == "PUT" and line.status == 200]
 
     def stall_uploads(self, after: int | None):
-        """Let so many more large files through; those after them never end. None lets all through."""
+        """Accept `after` more large files and stall all later uploads; None accepts all."""
         self._uploads_left = after
         self.stalled.clear()
 
     def takes_upload(self) -> bool:
-        """Whether the next large file is let through."""
+        """Whether the next large file is accepted."""
         with self.store.lock:
             if self._uploads_left is None:
                 return True
@@ -336,17 +343,20 @@ class MiniHub(ThreadingHTTPServer):
             return self._uploads_left >= 0
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        """The fault that a request runs into."""
+        """The fault that applies to a request, or None."""
         with self.store.lock:
             for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.pattern, path):
+                if fault.times and fault.method in ("", method) and re.search(fault.pattern, path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None
 
 
 def _tree(commit: Commit) -> list[dict[str, Any]]:
-    """The folders and files of a commit, as the Hub lists them."""
+    """The folders and files of a commit in the format of the Hub."""
     folders = {parent.as_posix() for path in commit.files for parent in Path(path).parents} - {"."}
     entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
     last = {"id": commit.id, "title": commit.title, "date": commit.date}

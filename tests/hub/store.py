@@ -1,19 +1,19 @@
-"""Repositories of the Hub's double, in memory: commits, branches, tags, and the contents they point to."""
+"""The repositories of the Hub's double, in memory: commits, branches, tags and file contents."""
 
 import re
 import secrets
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from huggingface_hub.utils.sha import git_hash
 
 LFS_SUFFIXES = ("arrow", "bin", "gz", "npy", "parquet", "safetensors", "tar", "zip")
-LFS_SIZE = 10 * 2**20  # bytes from which any file is a large one
+LFS_SIZE = 10 * 2**20  # bytes from which every file is stored as a large file
 
 
 class NotFound(Exception):
-    """There is no such revision or file; `code` is what the Hub calls it."""
+    """A revision or file does not exist; `code` is the Hub's error code."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -25,9 +25,9 @@ class Blob:
     """A file of a commit.
 
     Args:
-        oid: git's SHA-1 of the content, or of the pointer to it where the content is a large file.
-        size: of the content, bytes.
-        sha256: of the content of a large file.
+        oid: git's SHA-1 of the content or, for a large file, of the pointer to it.
+        size: Size of the content in bytes.
+        sha256: SHA-256 of the content of a large file.
     """
 
     oid: str
@@ -54,7 +54,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by id, and the names that point to them."""
+    """Commits by id, and the branches and tags that point to them."""
 
     private: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> Commit:
-        """The commit of a branch, a tag, or the beginning of an id."""
+        """The commit of a branch, a tag, or the first characters of an id."""
         known = self.branches | self.tags
         commit = known.get(revision.removeprefix("refs/heads/"))
         if commit is None and re.fullmatch(r"[0-9a-f]{7,40}", revision):
@@ -72,7 +72,7 @@ class Repository:
         return self.commits[commit]
 
     def history(self, revision: str) -> list[Commit]:
-        """A commit and those before it, newest first."""
+        """A commit and its ancestors, newest first."""
         commits = [self.resolve(revision)]
         while commits[-1].parent:
             commits.append(self.commits[commits[-1].parent])
@@ -80,7 +80,7 @@ class Repository:
 
 
 class Store:
-    """Repositories by (type, `namespace/name`) and contents by the hash that names them."""
+    """Repositories by (type, `namespace/name`), and contents by hash."""
 
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -88,19 +88,19 @@ class Store:
         self.lock = threading.RLock()
 
     def create(self, kind: str, name: str, private: bool):
-        """Make a repository with one commit."""
+        """Create a repository with one commit."""
         repository = self.repositories[kind, name] = Repository(private)
         attributes = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
         self.commit(repository, "main", {".gitattributes": self.add_small(attributes.encode())}, "initial commit")
 
     def add_small(self, content: bytes) -> Blob:
-        """Keep a file that git itself holds."""
+        """Store a file that is kept in git itself."""
         oid = git_hash(content)
         self.contents[oid] = content
         return Blob(oid, len(content))
 
     def large(self, sha256: str) -> Blob | None:
-        """The pointer to a large file, if its content was uploaded."""
+        """The pointer to a large file, or None if its content was not uploaded."""
         if sha256 not in self.contents:
             return None
         size = len(self.contents[sha256])
@@ -116,9 +116,9 @@ class Store:
         message: str = "",
         author: str = "system",
     ) -> Commit:
-        """Put a commit on a branch."""
+        """Add a commit to a branch."""
         id = secrets.token_hex(20)
-        date = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         commit = Commit(id, repository.branches.get(branch), title, message, author, date, files)
         repository.commits[id] = commit
         repository.branches[branch] = id
@@ -126,5 +126,5 @@ class Store:
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether the Hub keeps a file outside of git, by its name, size and first bytes."""
+    """Whether the Hub stores a file outside of git, judged by its name, size and first bytes."""
     return path.rsplit(".", 1)[-1] in LFS_SUFFIXES or size >= LFS_SIZE or b"\0" in sample

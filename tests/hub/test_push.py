@@ -1,4 +1,4 @@
-"""Runs that read their data from the Hub and push to it while they train."""
+"""Runs that read their data from the Hub and push to it during training."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 
 from improved_ldm.hub.card import EVALUATION_FILE
 from improved_ldm.hub.eval_results import EVAL_RESULTS
-from improved_ldm.trainer.config import ConfigError, RunConfig, parse_config
+from improved_ldm.settings import ConfigError, parse_config
+from improved_ldm.trainer.config import RunConfig
 from tests.hub.conftest import STRANGERS_TOKEN
 from tests.hub.minihub import Fault
 from tests.trainer.conftest import ROOT, arguments, images, load_script  # noqa: F401  fixtures
@@ -21,7 +22,7 @@ def test_a_run_streams_a_dataset_and_pushes_its_average(hub, clients, arguments,
     hub.faults = [Fault("POST", "/model/commit/", 403)]
     options = {"data.source": "user/data", "cache.passes": 0, **PUSHING}
     output = clients.run(ROOT / "training" / "train_t2i.py", *arguments(**options))
-    assert "step 2 was not pushed, training goes on: the access token may not write to user/model" in output
+    assert "step 2 was not pushed, training continues: the access token cannot write to user/model" in output
     history = hub.repository("user/model").history("training")
     assert [commit.title for commit in history] == ["run: step 6", "run: step 4", "initial commit"]
     assert hub.file("user/model", "training", WEIGHTS) == (tmp_path / "run" / WEIGHTS).read_bytes()
@@ -43,7 +44,7 @@ def test_a_run_that_has_no_place_to_push_to_does_not_begin():
         ("repo", "model", "it must be `user/name`"),
         ("repo", "user/a/b", "it must be `user/name`"),
         ("repo", "runs/../x", "it must be `user/name`"),
-        ("branch", "main", "that is where versions are published"),
+        ("branch", "main", "it holds published versions"),
     ],
 )
 def test_a_place_that_cannot_be_pushed_to_is_refused(key, value, message):
@@ -70,16 +71,16 @@ def test_a_token_that_may_not_write_stops_a_run_before_anything_is_encoded(
     script,
 ):
     output = clients.run(ROOT / "training" / f"{script}.py", *arguments(**PUSHING), token=STRANGERS_TOKEN, code=1)
-    assert "the access token may not write to user/model" in output
+    assert "the access token cannot write to user/model" in output
     assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_a_run_that_goes_on_forgets_what_was_measured_of_its_earlier_weights(arguments, tmp_path):  # noqa: F811
     script, folder = load_script("train_t2i"), tmp_path / "run"
     script.main(arguments(**{"training.steps": 2}))
-    (folder / EVALUATION_FILE).write_text(json.dumps({"scores": {"fid": 1.0}}))
+    (folder / EVALUATION_FILE).write_text(json.dumps({"scores": {"fid": 1.0}}), encoding="utf-8")
     (folder / EVAL_RESULTS).mkdir()
-    (folder / EVAL_RESULTS / "scores.yaml").write_text("[]")
+    (folder / EVAL_RESULTS / "scores.yaml").write_text("[]", encoding="utf-8")
     script.main(arguments(**{"training.steps": 4}))
     assert (folder / "metrics.json").is_file()
     assert not (folder / EVALUATION_FILE).exists() and not (folder / EVAL_RESULTS).exists()

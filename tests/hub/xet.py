@@ -1,4 +1,4 @@
-"""What of the xet protocol the Hub's double needs: the real client uploads into folders, which are read back."""
+"""The part of the xet protocol that the Hub's double needs: the client uploads into folders that are read back."""
 
 import shutil
 import struct
@@ -14,21 +14,21 @@ HAS_VERIFICATION, HAS_SHA256 = 0x80000000, 0x40000000
 
 
 class XetFolders:
-    """Content-addressed folders, one a write token: the client keeps the index of its folder locked.
+    """Content-addressed folders, one per write token, because the client keeps the index of its folder locked.
 
     Args:
-        root: where they are made.
+        root: Parent of the folders.
     """
 
     def __init__(self, root: Path):
         self.root = root
 
     def new_address(self) -> str:
-        """Where a client may upload to."""
+        """The address of a new folder that a client can upload to."""
         return f"local://{tempfile.mkdtemp(dir=self.root, prefix='cas-')}"
 
     def read(self, sha256: str, size: int) -> bytes | None:
-        """The content of an uploaded file, or None if it was not uploaded."""
+        """The content of a file, or None if it was not uploaded."""
         for shard in self.root.glob("cas-*/xet/xorbs/shards/*.mdb"):
             for xet_hash, known in _files_of_shard(shard.read_bytes()):
                 if known == sha256:
@@ -45,7 +45,7 @@ class XetFolders:
 
 
 def _files_of_shard(shard: bytes) -> Iterator[tuple[str, str]]:
-    """The xet hash and the SHA-256 of every file that a shard describes, in records of 48 bytes after a header."""
+    """The xet hash and the SHA-256 of every file in a shard, stored in records of 48 bytes after a header."""
     position = RECORD
     while position + RECORD <= len(shard) and shard[position : position + 32] != BOOKEND:
         xet_hash = shard[position : position + 32]

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from improved_ldm.conditioning.control import Control, control_tensor, null_control
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
 
 NUM_CLASSES, TEXT_DIM, POOLED_DIM, TEXT_TOKENS = 5, 12, 10, 3
 MODES = ("disentangled", "published")
 SEMANTIC = {
-    "class": {"num_classes": NUM_CLASSES, "num_class_tokens": 2},  # attention to one token trains no query
+    "class": {
+        "num_classes": NUM_CLASSES,
+        "num_class_tokens": 2,
+    },  # attention to a single token would not train the queries
     "text": {"text_dim": TEXT_DIM, "pooled_dim": POOLED_DIM},
 }
 
@@ -25,32 +28,47 @@ def config_of(name, conditioning, semantic, **config):
 
 # every backbone, in every mode, with every semantic condition
 CASES = {"-".join(case): (case[0], config_of(*case)) for case in product(DENOISERS, MODES, SEMANTIC)}
-# and what single published models have beside
+# and the options of single published models
 CASES |= {
-    "unet-published-text-without_sizes": ("unet", config_of("unet", "published", "text", size_features=0)),
+    "unet-published-text-without_sizes": (
+        "unet",
+        config_of("unet", "published", "text", published={"size_features": 0}),
+    ),
     "dit-published-class-trunk_per_block": (
         "dit",
-        config_of("dit", "published", "class", trunk_per_block=True, norm_eps=1e-5, downscale_freq_shift=1.0),
+        config_of(
+            "dit",
+            "published",
+            "class",
+            published={"trunk_per_block": True, "norm_eps": 1e-5, "downscale_freq_shift": 1.0},
+        ),
     ),
     "pixart-published-text-sizes": (
         "pixart",
-        config_of("pixart", "published", "text", size_conditions=True, hidden_size=48),
+        config_of("pixart", "published", "text", published={"size_conditions": True}, hidden_size=48),
     ),
     "mmdit-published-text-table_and_dual": (
         "mmdit",
-        config_of("mmdit", "published", "text", position_table_size=6, dual_attention_layers=(0,), qk_norm=True),
+        config_of(
+            "mmdit",
+            "published",
+            "text",
+            published={"position_table_size": 6},
+            dual_attention_layers=(0,),
+            qk_norm=True,
+        ),
     ),
 }
 
 
 def cases(condition):
-    """Ids of the cases whose name and config meet a condition."""
+    """Ids of the cases whose name and config satisfy a condition."""
     return [case for case, (name, config) in CASES.items() if condition(name, config)]
 
 
 @pytest.fixture
 def make_case(tiny_denoiser):
-    """Builds the randomised denoiser of a case."""
+    """Builds the denoiser of a case with random weights."""
 
     def build(case):
         name, config = CASES[case]
@@ -67,13 +85,13 @@ def denoiser(request, make_case):
 
 @pytest.fixture(params=cases(lambda name, config: name != "unet"))
 def patch_denoiser(request, make_case):
-    """The denoisers over patches: all but the UNet."""
+    """The denoisers with patches: all except the UNet."""
     return make_case(request.param)
 
 
 @pytest.fixture(params=cases(lambda name, config: name in ("dit", "pixart", "mmdit")))
 def plain_stack(request, make_case):
-    """The denoisers whose blocks are one stack: no skip connection joins them, as in the UNet and in mDT."""
+    """The denoisers whose blocks form one stack, without the skip connections of the UNet and mDT."""
     return make_case(request.param)
 
 
@@ -90,7 +108,7 @@ def text_denoiser(request, make_case):
 
 @pytest.fixture
 def make_inputs():
-    """Arguments of a denoiser's forward, every condition that it reads among them."""
+    """Arguments of a denoiser's forward, including every condition that it reads."""
 
     def build(denoiser, batch_size=2, size=(4, 4), seed=1):
         generator = torch.Generator().manual_seed(seed)
@@ -126,7 +144,7 @@ def null_conditions():
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing that was compiled before counts towards a limit."""
+    """Clears compiled code, so that earlier tests do not count towards a limit."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

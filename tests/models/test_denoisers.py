@@ -1,6 +1,7 @@
-"""The contract that every denoiser keeps, in every mode."""
+"""The contract of every denoiser, in every mode."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from diffusers.models.attention_processor import Attention as UNetAttention
 from peft import LoraConfig
 from torch.testing import assert_close
 
-from improved_ldm.conditioning.control import Control, control_tensor
-from improved_ldm.conditioning.inputs import Conditioning
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.conditioning.conditions import Conditioning
+from improved_ldm.conditioning.control import COLUMNS, Control, control_tensor
+from improved_ldm.models.family import DENOISERS
 from improved_ldm.models.unet import UNetDenoiser
+from improved_ldm.seeds import uniform
 
 LORA = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "class_labels", "control")
@@ -66,7 +68,8 @@ def test_a_denoiser_reads_the_parts_of_the_control_that_it_is_made_for(tiny_deno
     assert flips.control_inputs == {"flip"}
     inputs = make_inputs(flips)
     mirrored = inputs["control"].clone()
-    mirrored[:, -1] = 1 - mirrored[:, -1]
+    flip = COLUMNS.index("flip")
+    mirrored[:, flip] = 1 - mirrored[:, flip]
     assert differ(run(flips, inputs, control=mirrored), run(flips, inputs))
     blind = tiny_denoiser(name, num_classes=5, control_parts=())
     assert not blind.control_inputs and "control" not in blind.inputs
@@ -114,7 +117,8 @@ def test_conditions_that_are_not_read_are_an_error(denoiser, make_inputs):
 
 
 def test_control_is_read_when_disentangled_and_by_published_models_with_sizes(denoiser):
-    sizes = denoiser.config.get("size_features", 0) > 0 or denoiser.config.get("size_conditions", False)
+    form = asdict(denoiser.published)
+    sizes = form.get("size_features", 0) > 0 or form.get("size_conditions", False)
     assert ("control" in denoiser.inputs) == (denoiser.config.conditioning == "disentangled" or sizes)
 
 
@@ -143,7 +147,7 @@ def test_semantics_stay_out_of_the_embedding_when_disentangled(disentangled, mak
         conditions = {name: inputs[name] for name in CONDITIONS if name in inputs}
         if "class_labels" in conditions:
             conditions["class_labels"] = conditions["class_labels"] + seed
-        return disentangled.trunk(inputs["hidden_states"], inputs["timestep"], Conditioning(**conditions))[0]
+        return disentangled.trunk(inputs["timestep"], Conditioning(**conditions))[0]
 
     exactly(embedding(1), embedding(2))
 
@@ -207,7 +211,8 @@ def test_a_fresh_denoiser_predicts_zero(fresh_denoiser, make_inputs, name, condi
 
 def passes(model, inputs, level=0.5):
     """The arguments of the forward passes of a training step."""
-    further = model.training_passes(inputs["hidden_states"], level, torch.Generator().manual_seed(0))
+    seeds = torch.arange(len(inputs["hidden_states"]))
+    further = model.training_passes(inputs["hidden_states"], level, lambda count: uniform(seeds, (count,)))
     return [{**inputs, **arguments} for arguments in further]
 
 
@@ -221,10 +226,10 @@ def test_every_parameter_is_trained(denoiser, make_inputs, null_conditions):
     last = f"transformer_blocks.{depth - 1}.attn."
     unread = {f"{last}{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")}
     for name, parameter in denoiser.named_parameters():
-        if name in unread:  # the context that leaves the last block
+        if name in unread:  # the context output of the last block
             continue
         assert parameter.grad.isfinite().all(), name
-        # a bias of all keys alike moves no attention, unless keys are normalised
+        # an equal bias of all keys does not change attention, unless keys are normalised
         assert parameter.grad.abs().max() > 0 or name.endswith(".to_k.bias"), name
 
 
@@ -395,7 +400,7 @@ PATCH_CONTRADICTIONS = {
 }
 POOLED = {"pooled_when_disentangled": ({"text_dim": 8, "pooled_dim": 8}, "pooled_dim")}
 WITHOUT_TOKENS = {"text_in_no_tokens": ({"conditioning": "published", "text_dim": 8}, "`text_dim`")}
-NO_SEMANTICS = {"no_semantics": ({}, "set `num_classes` or `text_dim`")}
+NO_SEMANTICS = {"no_semantics": ({}, "set `num_classes`, `text_dim`, or `control_route`")}
 BAD_CONFIGS = {
     "unet": CONTRADICTIONS | POOLED | NO_SEMANTICS,
     "dit": CONTRADICTIONS | PATCH_CONTRADICTIONS | POOLED | WITHOUT_TOKENS,
@@ -404,8 +409,8 @@ BAD_CONFIGS = {
     | POOLED
     | WITHOUT_TOKENS
     | {
-        "odd_encoder": ({"num_layers": 5, "num_decoder_layers": 2}, "5 less `num_decoder_layers` 2"),
-        "large_decoder": ({"num_layers": 2, "num_decoder_layers": 4}, "2 less `num_decoder_layers` 4"),
+        "odd_encoder": ({"num_layers": 5, "num_decoder_layers": 2}, "5 - `num_decoder_layers` 2"),
+        "large_decoder": ({"num_layers": 2, "num_decoder_layers": 4}, "2 - `num_decoder_layers` 4"),
         "negative_mask": ({"mask_ratio": -0.1}, "`mask_ratio` is -0.1"),
         "large_mask": ({"mask_ratio": 0.8}, "`mask_ratio` is 0.8"),
     },
@@ -414,11 +419,11 @@ BAD_CONFIGS = {
     | NO_SEMANTICS
     | {
         "sizes_when_disentangled": (
-            {"num_classes": 5, "size_conditions": True, "hidden_size": 48},
+            {"num_classes": 5, "published": {"size_conditions": True}, "hidden_size": 48},
             "'published' mode",
         ),
         "three_sizes": (
-            {"num_classes": 5, "conditioning": "published", "size_conditions": True},
+            {"num_classes": 5, "conditioning": "published", "published": {"size_conditions": True}},
             "32.*divisible by 3",
         ),
     },
@@ -446,11 +451,11 @@ def test_a_class_may_give_several_tokens(tiny_denoiser, make_inputs, name, num_c
     model = tiny_denoiser(name, num_classes=5, num_class_tokens=num_class_tokens)
     inputs = make_inputs(model)
     assert run(model, inputs).shape == (2, 4, 4, 4)
-    tokens = model.trunk(inputs["hidden_states"], 1, Conditioning(class_labels=inputs["class_labels"]))[1]
+    tokens = model.trunk(inputs["timestep"], Conditioning(class_labels=inputs["class_labels"]))[1]
     assert tokens.shape[:2] == (2, num_class_tokens)
 
 
 @pytest.mark.parametrize("name", [name for name in DENOISERS if name != "mdt"])
 def test_a_training_step_is_one_plain_pass(tiny_denoiser, name):
     model = tiny_denoiser(name, num_classes=5)
-    assert model.training_passes(torch.zeros(2, 4, 4, 4), 0.5, torch.Generator()) == [{}]
+    assert model.training_passes(torch.zeros(2, 4, 4, 4), 0.5, lambda count: torch.rand(2, count)) == [{}]

@@ -1,4 +1,6 @@
-"""The masked pass of mDT: what the encoder sees, what the decoder sees, and what a training step asks for."""
+"""The masked pass of mDT: the inputs of encoder and decoder, and the passes of a training step."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.models.positions import relative_offsets
+from improved_ldm.seeds import uniform
 
 LEVEL = st.floats(0, 1, exclude_max=True)
 # of the four patches in a 4 x 4 latent
@@ -30,7 +33,7 @@ def differ(first, second):
 
 @pytest.fixture
 def encoded(model):
-    """What the encoder made of the latents of each forward pass since."""
+    """The encoder's output in each following forward pass."""
     outputs = []
     model.encoder_skip_blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
     return outputs
@@ -55,8 +58,8 @@ def test_the_encoder_sees_what_is_kept(model, make_inputs, encoded, num_kept):
 def test_masks_that_do_not_fit_are_errors(model, make_inputs):
     inputs = make_inputs(model)
     for masking, message in (
-        ({"num_kept": 2}, "one of them is missing"),
-        ({"mask_noise": torch.rand(2, 4)}, "one of them is missing"),
+        ({"num_kept": 2}, "give both or neither"),
+        ({"mask_noise": torch.rand(2, 4)}, "give both or neither"),
         ({"mask_noise": torch.rand(2, 5), "num_kept": 2}, r"`mask_noise` is \(2, 5\); it must be \(2, 4\)"),
         ({"mask_noise": torch.rand(2, 4), "num_kept": 5}, "`num_kept` is 5; it must be from 1 to 4"),
     ):
@@ -119,8 +122,8 @@ def test_rows_of_a_masked_batch_do_not_mix(model, make_inputs):
 def test_every_length_compiles(fresh_compiler, model, make_inputs):
     inputs, noise = make_inputs(model, size=(8, 8)), torch.rand(2, 16)
     levels = torch.arange(9) / 9
-    steps = [model.training_passes(inputs["hidden_states"], level.item(), torch.Generator())[1] for level in levels]
-    lengths = {further["num_kept"] for further in steps}
+    passes = [model.training_passes(inputs["hidden_states"], level.item(), partial(torch.rand, 2)) for level in levels]
+    lengths = {further["num_kept"] for _, further in passes}
     assert lengths == {8, 9, 10, 11}
     expected = {kept: run(model, inputs, mask_noise=noise, num_kept=kept) for kept in lengths}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -136,9 +139,9 @@ def test_blocks_compile_for_every_length(fresh_compiler, model, make_inputs):
         assert_close(run(model, inputs, mask_noise=noise, num_kept=kept), sample)
 
 
-def training_passes(model, level, seed=0, batch_size=4, size=(8, 8), generator=None):
-    generator = generator or torch.Generator().manual_seed(seed)
-    return model.training_passes(torch.zeros(batch_size, 4, *size), level, generator)
+def training_passes(model, level, seed=0, size=(8, 8)):
+    seeds = seed + torch.arange(4)
+    return model.training_passes(torch.zeros(4, 4, *size), level, lambda count: uniform(seeds, (count,)))
 
 
 def test_a_training_step_is_a_plain_and_a_masked_pass(tiny_denoiser):
@@ -147,19 +150,12 @@ def test_a_training_step_is_a_plain_and_a_masked_pass(tiny_denoiser):
     assert masked["mask_noise"].shape == (4, 16) and masked["num_kept"] == 11
 
 
-def test_a_training_step_draws_the_same_for_the_same_level_and_generator(tiny_denoiser):
+def test_a_training_step_has_the_same_masks_for_the_same_level_and_seeds(tiny_denoiser):
     model = tiny_denoiser("mdt")
     one, same, other = (training_passes(model, 0.5, seed)[1] for seed in (0, 0, 1))
     assert one["num_kept"] == same["num_kept"] == other["num_kept"]
     assert torch.equal(one["mask_noise"], same["mask_noise"])
     assert not torch.equal(one["mask_noise"], other["mask_noise"])
-
-
-def test_micro_batches_draw_the_masks_of_the_whole_batch(tiny_denoiser):
-    model, generator = tiny_denoiser("mdt"), torch.Generator().manual_seed(0)
-    whole = training_passes(model, 0.5)[1]["mask_noise"]
-    parts = [training_passes(model, 0.5, batch_size=2, generator=generator)[1]["mask_noise"] for _ in range(2)]
-    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +168,7 @@ def test_fewer_patches_are_kept_at_higher_levels_in_few_steps(half_masked, first
     most, least = (
         training_passes(half_masked, level, size=(40, 40))[1]["num_kept"] for level in sorted((first, second))
     )
-    assert 200 >= most >= least >= 119  # of 400 patches; 0.7 is a little more in binary
+    assert 200 >= most >= least >= 119  # of 400 patches; 0.7 is slightly larger in binary
     assert (200 - least) % 10 in (0, 1)
 
 
@@ -206,10 +202,10 @@ def test_the_bias_of_an_offset_is_learned_a_head(tiny_denoiser):
 
 def test_learned_positions_are_interpolated_for_other_grids(tiny_denoiser):
     model = tiny_denoiser("mdt")
-    assert model.positions_for((2, 2), model.positions) is model.positions
-    other = model.positions_for((3, 5), model.positions)
+    assert model.positions_for((2, 2)) is model.positions
+    other = model.positions_for((3, 5))
     assert other.shape == (15, 32)
     with torch.no_grad():
         model.decoder_positions[:] = torch.arange(32.0)
-    constant = model.positions_for((3, 5), model.decoder_positions)
+    constant = model.fitted(model.decoder_positions, (3, 5))
     assert_close(constant, torch.arange(32.0).expand(15, 32), rtol=1e-5, atol=1e-5)

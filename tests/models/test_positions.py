@@ -50,7 +50,7 @@ def test_positions_are_distinct():
 
 
 def numbered(side, dim=1):
-    """A table that holds its own row numbers."""
+    """A table whose values are its row numbers."""
     return torch.arange(float(side**2))[:, None].expand(-1, dim)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 96
@@ -21,7 +21,7 @@ OPTIONS = dict.fromkeys(DENOISERS, TRANSFORMER) | {
 
 
 def load_script(name: str):
-    """A script of training/ as a module."""
+    """Imports a script of training/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,26 +38,33 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+def make_arguments(images: Path, output: Path, **overrides) -> list[str]:
+    """Command-line arguments of a run that takes seconds; later ones win."""
+    values = {
+        "output_dir": output,
+        "data.source": images / "train.parquet",
+        "data.shuffle_window": 32,
+        "cache.passes": 1,
+        "training.steps": 6,
+        "training.batch_size": 8,
+        "training.log_every": 2,
+        "training.checkpoint_every": 2,
+        "training.trackers": "[]",
+        "training.cpu_threads": 1,
+        "denoiser.options": f"{{{OPTIONS[overrides.get('denoiser.name', 'dit')]}}}",
+        "sampling.num_inference_steps": 2,
+        "evaluation.judge": "null",
+    } | overrides
+    if "stages" in values:  # each run has its own
+        del values["training.steps"]
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
 @pytest.fixture
 def arguments(images, tmp_path):
-    """Command-line arguments of a run that takes seconds; later ones win."""
+    """`make_arguments` for runs in the folder of the test."""
 
     def make(output: str = "run", **overrides) -> list[str]:
-        values = {
-            "output_dir": tmp_path / output,
-            "data.source": images / "train.parquet",
-            "data.shuffle_window": 32,
-            "cache.passes": 1,
-            "training.steps": 6,
-            "training.batch_size": 8,
-            "training.log_every": 2,
-            "training.checkpoint_every": 2,
-            "training.trackers": "[]",
-            "training.cpu_threads": 1,
-            "denoiser.options": f"{{{OPTIONS[overrides.get('denoiser.name', 'dit')]}}}",
-            "sampling.num_inference_steps": 2,
-            "evaluation.judge": "null",
-        } | overrides
-        return [f"--{key}={value}" for key, value in values.items()]
+        return make_arguments(images, tmp_path / output, **overrides)
 
     return make

@@ -1,10 +1,15 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from improved_ldm.trainer.config import AdapterRunConfig, ConfigError, RunConfig, parse_config, parse_config_or_exit
-from improved_ldm.trainer.state import check_same_run
+from improved_ldm.settings import ConfigError, Section, parse_config, parse_config_or_exit
+from improved_ldm.trainer.components import build_denoiser
+from improved_ldm.trainer.config import AdapterRunConfig, RunConfig
+from improved_ldm.trainer.same_run import check_same_run
+from tests.trainer.conftest import load_script
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -33,7 +38,7 @@ def test_command_line_wins_over_file():
         (["--training.steps", "0"], "`training.steps` is 0: Input should be greater than or equal to 1"),
         (["--denoiser.conditioning", "entangled"], "'disentangled' or 'published'"),
         (["--training.steps"], "--training.steps has no value"),
-        (["steps"], "'steps' stands alone"),
+        (["steps"], "'steps' has no key"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--seed.value", "3", "--seed", "1", "--seed.value.x", "1"], "is not a section"),
     ],
@@ -46,8 +51,8 @@ def test_bad_arguments_are_named(argv, message):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     config = RunConfig()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    check_same_run(config.model_copy(update={"seed": 1}), tmp_path)  # nothing was trained yet
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    check_same_run(config.model_copy(update={"seed": 1}), tmp_path)  # nothing has been trained yet
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 5})})
     check_same_run(longer, tmp_path)
@@ -55,11 +60,79 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         check_same_run(config.model_copy(update={"seed": 1}), tmp_path)
 
 
-def test_help_lists_every_key_and_its_default(capsys):
+def test_a_run_of_the_first_version_goes_on(tmp_path):
+    """Its configuration has no `control_route`, and its published options are next to the others."""
+    config = parse_config(
+        RunConfig,
+        ["--denoiser.name", "pixart", "--denoiser.options", "{published: {size_conditions: true}}"],
+    )
+    values = config.model_dump(mode="json")
+    del values["denoiser"]["control_route"]
+    values["denoiser"]["options"] = {"size_conditions": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    check_same_run(config, tmp_path)
+    other = config.denoiser.model_copy(update={"control_route": "tokens"})
+    with pytest.raises(ValueError, match=r"`denoiser\.control_route` was 'norm' and is 'tokens'"):
+        check_same_run(config.model_copy(update={"denoiser": other}), tmp_path)
+
+
+def test_the_route_of_the_control_reaches_the_denoiser(autoencoder):
+    for route in ("norm", "tokens"):
+        config = parse_config(
+            RunConfig,
+            ["--denoiser.control_route", route, "--denoiser.size", "tiny/2", "--transform.resolution", "32"],
+        )
+        assert build_denoiser(config, autoencoder, num_classes=3).config.control_route == route
+
+
+SCRIPTS = ("train_t2i", "train_lora", "evaluate", "train_autoencoder", "train_clip", "train_judge", "publish")
+
+
+def config_class(script: str) -> type[Section]:
+    """The configuration class of a script."""
+    module = load_script(script)
+    names = ("Config", "RunConfig", "AdapterRunConfig", "EvaluateConfig")
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def described_keys(section: type[BaseModel], prefix: str = "--"):
+    """The names of all keys with their descriptions, those of the elements of lists without a prefix."""
+    for name, field in section.model_fields.items():
+        parts = (field.annotation, *get_args(field.annotation))
+        inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        if field.annotation not in inner:
+            yield f"{prefix}{name}", field.description
+        for part in inner:
+            yield from described_keys(part, f"{prefix}{name}." if part is field.annotation else "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_describes_every_key(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_config_or_exit(RunConfig, ["--help"])
+        parse_config_or_exit(config_class(script), ["--help"])
     assert stop.value.code == 0
-    assert "--optimizer.learning_rate  float  (default: 0.0001)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    shown, keys = " ".join(text.split()), list(described_keys(config_class(script)))
+    assert len(keys) > 5
+    for key, description in keys:
+        assert description.strip() and "\n" not in description, key
+        assert f"{key} {description}" in shown
+
+
+def test_help_shows_types_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_config_or_exit(AdapterRunConfig, ["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optimizer.learning_rate Peak learning rate. [number; default: 0.0001]" in text
+    assert "[one of constant, cosine; default: constant]" in text
+    assert "--base Folder or Hub id of the pipeline that the adapter is for. [text; required]" in text
+
+
+def test_a_section_stands_for_its_source():
+    argv = ["--data", "runs/images", "--data.split", "test"]
+    assert parse_config(RunConfig, argv, CONFIGS / "quickstart.yaml").data.source == "runs/images"
 
 
 def test_a_bare_no_is_the_word_that_it_looks_like():

@@ -1,18 +1,21 @@
-"""The gradient of a step, through the loop's own loss."""
+"""The gradient of a training step, with the loss of the training loop."""
 
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 
 from improved_ldm.conditioning.control import Control, control_tensor
 from improved_ldm.conditioning.text import TextTokens
 from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.presets import DENOISERS
-from improved_ldm.trainer.config import OptimizerConfig, TextConfig, TrainingConfig
-from improved_ldm.trainer.draws import StepDraws
-from improved_ldm.trainer.loop import batch_loss, learning_rate_at
+from improved_ldm.models.family import DENOISERS
+from improved_ldm.trainer.config import OptimizerConfig, RunConfig
+from improved_ldm.trainer.loop import batch_loss
+from improved_ldm.trainer.optimizer import learning_rate_at
+from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 
 
 def encoded_batch(size: int) -> EncodedBatch:
@@ -29,20 +32,18 @@ def rows(batch: EncodedBatch, part: slice) -> EncodedBatch:
 
 def gradients(denoiser: Denoiser, micro_batches: int, prediction: str) -> dict[str, torch.Tensor]:
     denoiser.zero_grad()
-    config = TrainingConfig(
-        batch_size=32 // micro_batches,
-        gradient_accumulation_steps=micro_batches,
-        semantic_dropout=0.3,
-        control_dropout=0.3,
-    )
+    training = {"batch_size": 32 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    training |= {"semantic_dropout": 0.3, "control_dropout": 0.3}
+    config = RunConfig(training=training, text={"noise_scale": 0.1})
     objective, accelerator = make_objective(prediction), Accelerator(cpu=True)
-    draws = StepDraws(config, objective, seed=1, step=5, rank=0, device=torch.device("cpu"))
+    randomness = StepRandomness(1, 5, config.training.batch_size, micro_batches)
     batch = encoded_batch(32)
     for number in range(micro_batches):
-        part = rows(batch, slice(number * config.batch_size, (number + 1) * config.batch_size))
-        loss = batch_loss(accelerator, denoiser, objective, part, TextConfig(noise_scale=0.1), draws, number)
+        part = rows(batch, slice(number * 32 // micro_batches, (number + 1) * 32 // micro_batches))
+        images = randomness.images(number)
+        loss = batch_loss(accelerator, denoiser, objective, part, images, config.training, config.text)
         (loss / micro_batches).backward()
-    # a gradient is None where no pass reached: the queries of the context in the last block of an mmDiT
+    # a gradient is None for unused parameters: the queries of the context in the last block of an mmDiT
     parameters = denoiser.named_parameters()
     return {name: torch.zeros_like(value) if value.grad is None else value.grad.clone() for name, value in parameters}
 
@@ -73,15 +74,38 @@ def test_a_masked_pass_is_half_of_the_loss(tiny_denoiser):
     torch.testing.assert_close(both, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_draws_depend_on_seed_step_and_rank_only():
-    def noise(**changes):
-        arguments = {"seed": 0, "step": 0, "rank": 0} | changes
-        draws = StepDraws(TrainingConfig(), make_objective("flow"), device=torch.device("cpu"), **arguments)
-        return draws.noise_like(torch.empty(4, 4))
+def numbers_of(images: ImageRandomness) -> list[torch.Tensor]:
+    fractions, dropped = images.timestep_fractions(), images.dropped(0.5, 0.5)
+    return [fractions, *dropped, images.noise((4, 2, 2)), images.text_noise((3, 5)), images.mask_uniform(7)]
 
-    assert torch.equal(noise(), noise())
-    for change in ({"seed": 1}, {"step": 1}, {"rank": 1}):
-        assert not torch.equal(noise(), noise(**change))
+
+@given(
+    seed=st.integers(0, 2**32), step=st.integers(0, 10**7), ranks=st.sampled_from([1, 2, 4]), micro=st.integers(1, 3)
+)
+def test_randomness_depends_on_the_seed_and_the_place_of_an_image_only(seed, step, ranks, micro):
+    """One process and many micro-batches, or many processes: the images of a step get the same numbers."""
+    whole = numbers_of(StepRandomness(seed, step, batch_size=ranks * micro * 2).images(0))
+    split = [
+        numbers_of(StepRandomness(seed, step, 2, micro, rank, ranks).images(number))
+        for number in range(micro)
+        for rank in range(ranks)
+    ]
+    for together, *parts in zip(whole, *split, strict=True):
+        torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=1e-6)
+
+
+def test_randomness_differs_between_images_steps_seeds_and_purposes():
+    def noise(seed=0, step=0):
+        return StepRandomness(seed, step, 2).images(0).noise((2, 8))
+
+    images = [*noise(), *noise(step=1), *noise(seed=1), *StepRandomness(0, 0, 2).images(0).text_noise((2, 8))]
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 8
+
+
+def test_the_mask_level_is_the_same_on_all_processes():
+    levels = {StepRandomness(3, 7, 2, 2, rank, ranks).mask_level for ranks in (1, 2) for rank in range(ranks)}
+    assert len(levels) == 1 and 0 < levels.pop() < 1
+    assert len({StepRandomness(3, step, 2).mask_level for step in range(20)}) == 20
 
 
 def test_learning_rate_warms_up_then_stays_or_falls_to_zero():

@@ -1,8 +1,9 @@
-"""Runs in stages of rising resolution."""
+"""Runs in stages of increasing resolution."""
 
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from improved_ldm.diffusion.objectives import make_objective
-from improved_ldm.models.presets import DENOISERS
-from improved_ldm.trainer.config import RunConfig, parse_config
-from improved_ldm.trainer.stages import begin_stage, stages_of
+from improved_ldm.manifest import write_manifest
+from improved_ldm.models.family import DENOISERS
+from improved_ldm.settings import parse_config
+from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.stages import begin_stage, list_stages
 from improved_ldm.transfer import transfer
 from tests.trainer.conftest import ROOT, load_script
 from tests.trainer.test_runs import assert_same_weights, launch, wait_for
@@ -45,13 +48,39 @@ def test_a_run_in_two_stages_leaves_a_pipeline_of_each(arguments, tmp_path, name
     else:
         ratios = [s.alphas_cumprod.double() / (1 - s.alphas_cumprod.double()) for s in (high.scheduler, low.scheduler)]
         torch.testing.assert_close(4 * ratios[0], ratios[1], rtol=1e-4, atol=0)
-    card = (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "stage-1-16`, pixels 16 to 32, steps 4, positions resample, noise rescale" in card
     image = high("a photo of a sneaker", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (32, 32, 3)
     for folder in (tmp_path / "run", tmp_path / "run" / "stage-1-16"):
-        assert json.loads((folder / "metrics.json").read_text())["images_seen"] > 0
-    assert len(yaml.safe_load((tmp_path / "run" / "stages.yaml").read_text())["stages"]) == 2
+        assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["images_seen"] > 0
+    assert len(yaml.safe_load((tmp_path / "run" / "stages.yaml").read_text(encoding="utf-8"))["stages"]) == 2
+
+
+def test_a_run_whose_files_have_an_empty_after_resumes(arguments, tmp_path):
+    """Earlier versions wrote `after: null` into every configuration that is not of a later stage."""
+    script, output = load_script("train_t2i"), tmp_path / "run"
+    script.main(staged(arguments))
+    checkpoint = output / "stage-1-16" / "checkpoints" / "step-00000004"
+    for file in (checkpoint / "config.yaml", output / "stage-1-16" / "config.yaml", output / "stages.yaml"):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert "after" not in values
+        file.write_text(yaml.safe_dump(values | {"after": None}, sort_keys=False), encoding="utf-8")
+    write_manifest(checkpoint)
+    longer = STAGES.replace("{resolution: 32, steps: 4", "{resolution: 32, steps: 6")
+    script.main(staged(arguments, stages=longer))
+    assert json.loads((output / "metrics.json").read_text(encoding="utf-8"))["stages"][-1]["steps"] == 6
+    kept = yaml.safe_load((output / "checkpoints" / "step-00000006" / "config.yaml").read_text(encoding="utf-8"))
+    assert kept["after"] == {
+        "source": str(output / "stage-1-16"),
+        "steps": 4,
+        "resolution": [16, 32],
+        "positions": "resample",
+        "noise": "rescale",
+        "optimizer": "carry",
+        "average": "carry",
+    }
+    assert parse_config(RunConfig, ["--config", str(output / "stage-1-16" / "config.yaml")]).training.steps == 4
 
 
 @pytest.mark.parametrize("stop_at", ["stage-1-16", ""], ids=["first", "second"])
@@ -64,12 +93,12 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(argume
     plain = loop.batch_loss
     folder, calls = tmp_path / "broken" / stop_at, []
 
-    def interrupted(accelerator, denoiser, *rest, **further):
+    def interrupted(accelerator, denoiser, *rest):
         calls.append(1)
         in_stage = denoiser.config.sample_size == (4 if stop_at else 8)
         if in_stage and len(calls) == (3 if stop_at else 7):
             signal.raise_signal(signal.SIGTERM)
-        return plain(accelerator, denoiser, *rest, **further)
+        return plain(accelerator, denoiser, *rest)
 
     monkeypatch.setattr(loop, "batch_loss", interrupted)
     with pytest.raises(SystemExit):
@@ -104,9 +133,9 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     stages = STAGES.replace("steps: 4, batch", f"optimizer: {carried}, average: {carried}, steps: 4, batch")
     argv = staged(arguments, stages=stages)
     load_script("train_t2i").main(argv)
-    stage = stages_of(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"))[1]
+    stage = list_stages(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"))[1]
     low = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-16").denoiser
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # or the stage would go on with its own
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # otherwise, the stage would resume with its own
     objective = make_objective("epsilon")
     start = begin_stage(stage, low, objective)
     assert start.denoiser.config.sample_size == 8 == 2 * low.config.sample_size
@@ -125,12 +154,22 @@ def test_a_stage_crops_at_the_scale_of_the_last_one(arguments, tmp_path):
     config = parse_config(
         RunConfig, staged(arguments, stages=stages), ROOT / "training" / "configs" / "quickstart.yaml"
     )
-    first, last = (stage.config for stage in stages_of(config))
+    first, last = (stage.config for stage in list_stages(config))
     assert (first.transform.crop_policy, first.transform.target_scale) == ("crop_at_target_scale", 32)
     assert (last.transform.crop_policy, last.transform.target_scale) == (config.transform.crop_policy, None)
     assert (first.training.batch_size, last.training.batch_size) == (8, 4)
     assert (first.optimizer.learning_rate, last.optimizer.learning_rate) == (config.optimizer.learning_rate, 5e-4)
     assert last.output_dir == config.output_dir
+
+
+def test_the_guidance_of_a_stage_is_kept_or_rescaled_from_the_stage_before(arguments):
+    stages = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, guidance: rescale}, {resolution: 64, steps: 4}]"
+    argv = staged(arguments, stages=stages, **{"sampling.guidance_scale": 2.0})
+    first, second, third = list_stages(
+        parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml")
+    )
+    assert [stage.config.sampling.guidance_scale for stage in (first, second, third)] == [2.0, 3.0, 3.0]
+    assert [record.get("guidance") for record in third.lineage] == ["rescale", None]
 
 
 def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
@@ -158,11 +197,34 @@ def test_stages_that_cannot_begin_are_errors_before_the_first_does(arguments, tm
     assert not list((tmp_path / "run").rglob("checkpoints"))
 
 
-def test_a_stage_that_began_otherwise_is_not_gone_on_with(arguments):
+@pytest.mark.slow
+def test_the_images_of_earlier_stages_are_counted_without_their_metrics(arguments, tmp_path):
+    script, first = load_script("train_t2i"), tmp_path / "run" / "stage-1-16"
+    script.main(staged(arguments))
+    counted = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["stages"]
+    assert len(counted) == 2
+    for damage in (
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_text("[1]", encoding="utf-8"),
+        Path.unlink,
+    ):
+        damage(first / "metrics.json")
+        script.main(staged(arguments))
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["stages"] == counted
+    for file in first.glob("checkpoints/*/ema.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="stage-1-16/checkpoints holds no intact checkpoint"):
+        script.main(staged(arguments))
+
+
+def test_a_stage_that_began_otherwise_is_not_gone_on_with(arguments, tmp_path):
     script = load_script("train_t2i")
     script.main(staged(arguments))
     with pytest.raises(ValueError, match=r"`after.noise` was 'rescale' and is 'keep'"):
         script.main(staged(arguments, stages=STAGES.replace("32,", "32, noise: keep,")))
+    guided = {"stages": STAGES.replace("32,", "32, guidance: rescale,"), "sampling.guidance_scale": 2.0}
+    script.main(staged(arguments, **guided))  # the weights are the same
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run").config.default_guidance_scale == 3.0
     with pytest.raises(ValueError, match=r"`after.steps` was 4 and is 6"):
         script.main(staged(arguments, stages=STAGES.replace("16, steps: 4", "16, steps: 6")))
 
@@ -177,6 +239,6 @@ def test_a_transferred_pipeline_is_trained_on_with_its_own_schedule(arguments, t
     script.main(arguments(**source, **{"objective.prediction": "epsilon"}))
     trained = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert trained.scheduler.config.trained_betas == high.scheduler.config.trained_betas
-    assert [record["source"] for record in trained.config.lineage] == [str(tmp_path / "low"), str(tmp_path / "high")]
+    assert [record["source"] for record in trained.config.lineage] == [".../low", ".../high"]
     with pytest.raises(ValueError, match="for the prediction 'epsilon', not 'flow'"):
         script.main(arguments("flow", **source))

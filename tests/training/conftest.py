@@ -10,7 +10,7 @@ EMBEDDED = Path(improved_ldm.__file__).parent / "assets" / "fashion-mnist"
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory) -> Path:
-    """A folder with a hundred real captioned images in each split."""
+    """A folder with a hundred real captioned images per split."""
     folder = tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
         rows = datasets.Dataset.from_parquet(str(EMBEDDED / f"{split}.parquet"), cache_dir=str(folder / "cache"))

@@ -64,7 +64,7 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     row = {**compare_tiny("dit"), "backbone": "pixart"}
     monkeypatch.setattr(benchmark, "compare_peers", lambda *args: row)
     benchmark.main(["--peers", "--backbones", "pixart", "--output", str(tmp_path / "peers.json")])
-    report = json.loads((tmp_path / "peers.json").read_text())
+    report = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
     assert report["results"] == [row]
     assert report["versions"]["torch"] == torch.__version__
     assert "| pixart |" in capsys.readouterr().out

@@ -1,18 +1,20 @@
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import reproduce
 from PIL import Image
-from reproduction.intervals import compare, mean_and_interval
-from reproduction.report import markdown
-from reproduction.summary import write_summary
-from reproduction.tables import SCALES, load_tables
 
+import reproduce
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.trainer.components import build_denoiser, load_autoencoder, load_text_encoder, text_dims
 from improved_ldm.trainer.config import AutoencoderConfig, TextConfig
+from reproduction.curves import images_to_reach
+from reproduction.intervals import compare, mean_and_interval
+from reproduction.report import markdown
+from reproduction.summary import ABOUT, write_summary
+from reproduction.tables import SCALES, load_tables
 
 RESULTS = Path(reproduce.__file__).parent / "results"
 TABLES = load_tables()
@@ -30,14 +32,14 @@ TINY = {
 
 @pytest.fixture
 def reproduce_tiny(tmp_path, few_images):
-    """Measures a table on a few real images and returns its record."""
+    """Runs a table on a few real images and returns its record."""
 
     def run(name, *settings, seeds=("0",), **changes):
         values = {"data.source": few_images, **TINY, **changes}
         folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
         options = [f"--{key}={value}" for key, value in values.items()]
         reproduce.main([name, *folders, "--seeds", *seeds, "--settings", *settings, *options])
-        return json.loads((tmp_path / "results" / name / "cpu.json").read_text())
+        return json.loads((tmp_path / "results" / name / "cpu.json").read_text(encoding="utf-8"))
 
     return run
 
@@ -58,7 +60,7 @@ def test_a_table_goes_on_where_it_stopped_and_shares_its_runs(reproduce_tiny, tm
     assert record["measured_with"]["features"]["name"] == "embedded:judge"
     assert len(record["measured_with"]["features"]["sha256"]) == 64
     written = tmp_path / "results" / "control_parametrisation"
-    assert (written / "cpu.md").read_text() == markdown(record, "cpu.png")
+    assert (written / "cpu.md").read_text(encoding="utf-8") == markdown(record, "cpu.png")
     with Image.open(written / "cpu.png") as image:
         assert min(image.size) > 200
     for setting in record["settings"].values():
@@ -74,8 +76,10 @@ def test_a_table_goes_on_where_it_stopped_and_shares_its_runs(reproduce_tiny, tm
     assert runs_in(tmp_path) == third
     assert at_inference["settings"]["28 px"]["fid"]["seeds"] == record["settings"]["cosine"]["fid"]["seeds"]
     assert len(at_inference["settings"]["14 px"]["fid"]["seeds"]) == 2
-    calls = [set(json.loads(file.read_text())) for file in tmp_path.glob("runs/cpu/runs/*/measures.json")]
-    assert sorted(map(len, calls)) == [1, 1, 1, 1, 3, 3]  # the two runs that were asked for two sizes as well
+    calls = [
+        set(json.loads(file.read_text(encoding="utf-8"))) for file in tmp_path.glob("runs/cpu/runs/*/measures.json")
+    ]
+    assert sorted(map(len, calls)) == [1, 1, 1, 1, 3, 3]  # the two runs that were also measured at two sizes
 
 
 def test_measures_of_what_a_model_does_not_read_are_left_out(reproduce_tiny):
@@ -92,23 +96,72 @@ def test_classes_are_measured_without_text(reproduce_tiny):
     assert all(0 <= setting["class_accuracy"]["mean"] <= 1 for setting in record["settings"].values())
 
 
+@pytest.fixture
+def transfer_tiny(tmp_path, few_images):
+    """Measures settings of the table of the switch, in stages of a few steps, and returns its record."""
+    table = TABLES["transfer"]
+    short = {
+        name: {"stages": [{**stage, "steps": 4} for stage in values["stages"]]}
+        for name, values in table.settings.items()
+    }
+
+    def run(*settings):
+        values = {key: value for key, value in TINY.items() if key != "training.steps"}
+        values |= {"data.source": few_images, "training.checkpoint_every": 2}
+        folders = {"output": tmp_path / "runs", "results": tmp_path / "results"}
+        options = argparse.Namespace(**folders, scale="cpu", seeds=[0], settings=list(settings))
+        further = [f"--{key}={value}" for key, value in values.items()]
+        reproduce.reproduce_table("transfer", table.model_copy(update={"settings": short}), options, further)
+        return json.loads((tmp_path / "results" / "transfer" / "cpu.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_runs_that_begin_alike_share_their_first_stage_and_are_measured_from_the_switch(transfer_tiny, tmp_path):
+    transfer_tiny("nothing")
+    first = runs_in(tmp_path)
+    assert len(first) == 2  # the stage and the run
+    record = transfer_tiny("nothing", "both", "crops, both")
+    second = runs_in(tmp_path)
+    assert len(second) == 5 and first.items() <= second.items()  # two runs more, and a stage of crops
+    assert len({stage.resolve() for stage in tmp_path.glob("runs/cpu/runs/*/stage-1-16")}) == 2
+
+    assert record["images"] == [0, 16, 32]
+    for row in record["settings"].values():
+        (curve,) = row["curve"]["seeds"]
+        assert len(set(curve)) == 3 and curve[-1] == row["fid"]["mean"]
+    starts = [row["curve"]["mean"][0] for row in record["settings"].values()]
+    assert len(set(starts)) == 3
+    written = tmp_path / "results" / "transfer"
+    assert "Images until the mean FID reaches the last one of nothing" in (written / "cpu.md").read_text(
+        encoding="utf-8"
+    )
+    with Image.open(written / "cpu.png") as image:
+        assert min(image.size) > 300
+
+
+@pytest.mark.parametrize(("target", "expected"), [(9, 0), (4, 150), (1, 300), (0.5, None)])
+def test_images_to_reach_a_target_lie_between_points(target, expected):
+    assert images_to_reach([0, 100, 200, 300], [8.0, 5.0, 3.0, 1.0], target) == expected
+
+
 def test_an_unknown_setting_is_named(reproduce_tiny):
-    with pytest.raises(SystemExit, match=r"error: --settings .*'sine'.*'cosine'"):
+    with pytest.raises(ValueError, match=r"--settings .*'sine'.*'cosine'"):
         reproduce_tiny("control_parametrisation", "sine")
 
 
 def test_a_seed_that_is_there_twice_is_refused(reproduce_tiny):
-    with pytest.raises(SystemExit, match=r"error: --seeds \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"--seeds \[0, 0\]"):
         reproduce_tiny("control_parametrisation", "cosine", seeds=("0", "0"))
 
 
 def test_a_table_without_a_small_scale_says_so(tmp_path):
-    with pytest.raises(SystemExit, match=r"no settings at scale 'cpu'.*--scale gpu"):
+    with pytest.raises(ValueError, match=r"no settings at scale 'cpu'.*--scale gpu"):
         reproduce.main(["adam_betas", "--output", str(tmp_path)])
 
 
 def flat(values, prefix=""):
-    """A nested dict as one of dotted keys."""
+    """Flattens a nested dict to dotted keys."""
     rows = {}
     for key, value in values.items():
         rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -158,7 +211,13 @@ def test_interval_of_three_seeds_is_students():
     [
         ([1.0, 1.1, 1.2], [3.0, 3.1, 3.3], True, "agrees", True),
         ([1.0, 1.1, 1.2], [3.0, 3.1, 3.3], False, "disagrees", True),
-        ([1.0, 2.0, 3.0], [1.2, 2.2, 3.3], True, "agrees", False),  # pairs say more than the two means
+        (
+            [1.0, 2.0, 3.0],
+            [1.2, 2.2, 3.3],
+            True,
+            "agrees",
+            False,
+        ),  # paired differences are more precise than the two means
         ([1.0, 2.0, 3.0], [2.0, 1.0, 3.5], True, "unclear", False),
     ],
 )
@@ -178,16 +237,17 @@ def test_one_seed_decides_nothing():
 
 @pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_committed_tables_say_what_their_records_say(file):
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text(encoding="utf-8"))
     assert len(record["seeds"]) >= 3
-    assert file.with_suffix(".md").read_text() == markdown(record, f"{file.stem}.png")
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(record, f"{file.stem}.png")
     assert file.with_suffix(".png").exists()
 
 
 def test_the_committed_summary_is_up_to_date(tmp_path):
-    for name in [*TABLES, "transfer"]:
+    for name in TABLES:
         (tmp_path / name).mkdir()
         for file in (RESULTS / name).glob("*.json"):
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / ABOUT).write_bytes((RESULTS / ABOUT).read_bytes())
     write_summary(TABLES, tmp_path)
-    assert (tmp_path / "README.md").read_text() == (RESULTS / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (RESULTS / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training of adapters: whole runs of the script, small ones, on real images."""
+"""Training of adapters: complete small runs of the script on real images."""
 
 import json
 import os
@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.hub.repository import HubError
-from improved_ldm.models.presets import DENOISERS, denoiser_class
-from improved_ldm.trainer.adapters import with_base
-from improved_ldm.trainer.config import AdapterRunConfig, ConfigError, parse_config
+from improved_ldm.models.family import DENOISERS, denoiser_class
+from improved_ldm.settings import ConfigError, parse_config
+from improved_ldm.trainer.adapters import fill_from_base
+from improved_ldm.trainer.config import AdapterRunConfig
 from tests.conftest import ASSETS
 from tests.trainer.conftest import ROOT, load_script
 
@@ -102,7 +103,7 @@ def draw(pipe):
 
 
 def averaged(checkpoint):
-    """The averaged adapter of a checkpoint, named as in a saved one."""
+    """The averaged adapter of a checkpoint, with the names of a saved adapter."""
     tensors = load_file(checkpoint / "ema.safetensors")
     return {
         name.removeprefix("module.").replace(".default.", "."): value
@@ -128,24 +129,28 @@ def test_a_run_leaves_an_adapter_that_loads_on_its_base(arguments, base, tmp_pat
     plain = draw(pipe)
     pipe.load_lora_weights(folder)
     assert draw(pipe).isfinite().all()
-    assert (draw(pipe) - plain).abs().max() > 1e-6
+    pipe.set_adapters(
+        "default_0", 1e4
+    )  # four steps change little; the change is amplified to be visible on any machine
+    assert (draw(pipe) - plain).abs().max() > 1e-3
     settings = pipe.denoiser.peft_config["default_0"]
     assert (settings.r, settings.lora_alpha) == (3, 5)
     tensors = load_file(folder / ADAPTER)
     prefix = f"{pipe.denoiser.component}."
     saved = {name.removeprefix(prefix): value for name, value in tensors.items()}
     torch.testing.assert_close(saved, averaged(folder / "checkpoints" / "step-00000004"), rtol=0, atol=0)
-    assert json.loads((folder / "metrics.json").read_text())["parameters"] == sum(
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["parameters"] == sum(
         value.numel() for value in tensors.values()
     )
     adapted = {name.partition(".lora_")[0].rpartition("attn")[2].partition(".")[2] for name in tensors}
     assert {"to_q", "to_k", "to_v", "to_out.0"} <= adapted
 
 
-def test_the_card_names_base_and_use(arguments, base, tmp_path):
+def test_the_card_names_base_and_use(arguments, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)  # the card names the folders from here
     train(arguments(**{"lora.dora": True, "lora.rslora": True}))
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert f"| base | `{base()}` |" in card and "base_model" not in card  # it is a folder
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"| base | `{base().name}` |" in card and "base_model" not in card  # it is a folder
     assert "- lora" in card
     assert "rank-stabilised DoRA, rank 3, alpha 5" in card
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -202,13 +207,14 @@ def test_checkpoints_hold_the_adapter_alone(arguments, tmp_path):
 def test_the_base_decides_what_is_predicted(arguments, base, tmp_path, prediction):
     place = base("dit", "classes", prediction)
     train(arguments(place=place))
-    config = (tmp_path / "run" / "config.yaml").read_text()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    config = (checkpoint / "config.yaml").read_text(encoding="utf-8")
     assert f"prediction: {prediction}" in config
     assert "resolution: 32" in config
     assert "padding: zero" in config
     assert f"pretrained: {place}/vae" in config
     other = "flow" if prediction == "epsilon" else "epsilon"
-    with pytest.raises(ValueError, match=rf"`objective.prediction` is '{other}'; the base decides it"):
+    with pytest.raises(ValueError, match=rf"`objective.prediction` is '{other}'; it must be .*, as in the base"):
         train(arguments("other", place, **{"objective.prediction": other}))
     assert not (tmp_path / "other").exists()
 
@@ -216,16 +222,16 @@ def test_the_base_decides_what_is_predicted(arguments, base, tmp_path, predictio
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data.num_classes": 10}, "`data.num_classes` is 10; the base decides it, and has None"),
+        ({"data.num_classes": 10}, "`data.num_classes` is 10; it must be None, as in the base"),
         (
             {"lora.targets": "[norm_cross]"},
             "'norm_cross', the name of a LayerNorm; it must be that of a Linear or Conv2d",
         ),
-        ({"base": "nowhere"}, "`base` is 'nowhere'; it must be the folder or Hub id of a pipeline"),
+        ({"base": "nowhere"}, "`base` is 'nowhere', which does not load: "),
         ({"data": "nowhere.parquet"}, "nowhere.parquet"),
-        ({"text.padding": "mask"}, "`text.padding` is 'mask'; the base decides it, and has 'zero'"),
-        ({"transform.resolution": 64}, "`transform.resolution` is 64; the base decides it, and has 32"),
-        ({"lora.targets": "[to_q, to_x]"}, "`lora.targets` has 'to_x'; no layer of a DiTDenoiser ends so"),
+        ({"text.padding": "mask"}, "`text.padding` is 'mask'; it must be 'zero', as in the base"),
+        ({"transform.resolution": 64}, "`transform.resolution` is 64; it must be 32, as in the base"),
+        ({"lora.targets": "[to_q, to_x]"}, "`lora.targets` has 'to_x'; no layer of a DiTDenoiser has this name"),
         ({"lora.text_encoder": True}, "`cache.passes` is 1; with `lora.text_encoder` it must be 0"),
         ({"data.caption_column": "caption"}, "the set has the columns image, label, text"),
     ],
@@ -263,9 +269,9 @@ def test_chosen_targets_alone_are_trained(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data.num_classes": 7}, "`data.num_classes` is 7; the base decides it, and has 10"),
-        ({"sampling.prompts": "[a bag]"}, "`sampling.prompts` is given, but the base draws classes"),
-        ({"lora.text_encoder": True}, "`lora.text_encoder` is true, but the base draws classes"),
+        ({"data.num_classes": 7}, "`data.num_classes` is 7; it must be 10, as in the base"),
+        ({"sampling.prompts": "[a bag]"}, "`sampling.prompts` is given, but the base is class-conditional"),
+        ({"lora.text_encoder": True}, "`lora.text_encoder` is true, but the base is class-conditional"),
     ],
 )
 def test_a_class_base_refuses_what_it_would_ignore(arguments, base, tmp_path, overrides, message):
@@ -285,7 +291,7 @@ def test_an_output_folder_with_a_pipeline_is_refused(arguments, base, tmp_path):
 def test_the_script_ends_with_one_line(arguments, monkeypatch):
     script = str(ROOT / "training" / "train_lora.py")
     monkeypatch.setattr(sys, "argv", [script, *arguments(base="nowhere")])
-    with pytest.raises(SystemExit, match=r"^not trained: `base` is 'nowhere'; it must be the folder or Hub id"):
+    with pytest.raises(SystemExit, match=r"^not trained: `base` is 'nowhere', which does not load: "):
         runpy.run_path(script, run_name="__main__")
 
 
@@ -297,7 +303,7 @@ def test_a_repository_that_cannot_be_had_is_noticed_before_the_cache_is_encoded(
 
 def test_a_base_on_the_hub_is_written_as_it_is_found(base):
     pipe = ImprovedLDMPipeline.from_pretrained(base())
-    config = with_base(parse_config(AdapterRunConfig, ["--base", "user/base"]), pipe)
+    config = fill_from_base(parse_config(AdapterRunConfig, ["--base", "user/base"]), pipe)
     assert (config.autoencoder.pretrained, config.autoencoder.subfolder) == ("user/base", "vae")
     assert config.text.pretrained == "user/base"
 
@@ -306,14 +312,16 @@ def test_a_base_that_asks_for_the_size_of_its_output_is_adapted(arguments, base,
     pipe = ImprovedLDMPipeline.from_pretrained(base("dit", "classes"))
     pipe.register_to_config(default_original_size=None, class_names=None)
     pipe.save_pretrained(tmp_path / "base")
-    train(arguments(place=tmp_path / "base", **{"sampling.every": 4}))  # the set names its classes, the base does not
+    train(
+        arguments(place=tmp_path / "base", **{"sampling.every": 4})
+    )  # the data set names its classes, but the base does not
     assert (tmp_path / "run" / "samples" / "step-0000004.png").stat().st_size > 0
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """Writes a set whose labels have other names, or none and a last value."""
+    """Writes a data set with other class names, or without names; the row `at` has the label 10."""
     folder = tmp_path_factory.mktemp("labelled")
     rows = datasets.Dataset.from_parquet(
         str(ASSETS / "fashion-mnist" / "train.parquet"), cache_dir=str(folder / "cache")
@@ -335,11 +343,10 @@ def test_classes_of_another_set_are_refused(arguments, base, labelled):
 
 
 @pytest.mark.parametrize("at", [5, 299])
-def test_a_label_that_the_base_does_not_know_is_named(arguments, base, labelled, tmp_path, at):
-    with pytest.raises(ValueError, match=r"column 'label' has the value 10; a label must be an integer in \[0, 9\]"):
-        train(arguments(place=base("dit", "classes"), data=labelled(at=at)))
-    assert (tmp_path / "run").exists() == (at == 299)  # the first rows are looked at before the run starts
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_a_label_that_the_base_does_not_know_is_skipped_and_counted(arguments, base, labelled, tmp_path, at):
+    train(arguments(place=base("dit", "classes"), data=labelled(at=at)))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["skipped_rows"] == {"label is not below 10": 1}
 
 
 @pytest.mark.parametrize("padding", ["zero", "noisy_replicate"])

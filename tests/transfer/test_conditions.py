@@ -1,4 +1,4 @@
-"""A trained denoiser to other conditions: what is kept, what is listed, and where it starts."""
+"""Transfer of a trained denoiser to other conditions: what is kept, what is listed, and the initial output."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from torch.testing import assert_close
 
-from improved_ldm.models.presets import DENOISERS
+from improved_ldm.models.family import DENOISERS
 from improved_ldm.transfer import change_conditions
 
 MODES = ("disentangled", "published")
@@ -21,11 +21,11 @@ def text_config(name, conditioning, dim=TEXT_DIM):
 
 
 BACKBONES = [(name, mode) for name in DENOISERS for mode in MODES]
-# the published models that read sizes beside, embed conditions for every block, or have more than one kind of text
+# published models that also read sizes, embed conditions in every block, or have more than one kind of text
 FURTHER = [
-    ("unet", {"conditioning": "published", "size_features": 0}),
-    ("pixart", {"conditioning": "published", "size_conditions": True, "hidden_size": 48}),
-    ("dit", {"conditioning": "published", "trunk_per_block": True}),
+    ("unet", {"conditioning": "published", "published": {"size_features": 0}}),
+    ("pixart", {"conditioning": "published", "published": {"size_conditions": True}, "hidden_size": 48}),
+    ("dit", {"conditioning": "published", "published": {"trunk_per_block": True}}),
     ("mmdit", {"conditioning": "published", "dual_attention_layers": (0,)}),
 ]
 MODELS = {f"{name}-{mode}": (name, {"conditioning": mode}) for name, mode in BACKBONES}
@@ -73,7 +73,7 @@ def assert_same(sample, expected):
 
 
 def assert_accounted_for(old, new, changes):
-    """Every tensor is in one list, and the kept ones are kept."""
+    """Every tensor is in exactly one list, and the kept tensors are unchanged."""
     before, after = old.state_dict(), new.state_dict()
     listed = [*changes.kept, *changes.changed, *changes.new]
     assert len(listed) == len(set(listed)) and set(listed) == set(after)
@@ -159,7 +159,7 @@ def test_a_step_of_training_reaches_the_new_parts(make, semantic):
     old = make(semantic)
     new, changes = change_conditions(old, **make.text(OTHER_TEXT_DIM))
     optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
-    for seed in range(3):  # behind a zero stands what the first step does not reach
+    for seed in range(3):  # the first step does not reach weights after a layer of zeros
         optimizer.zero_grad()
         text = some_text(new, tokens=3, seed=seed)
         latents = torch.randn(2, 4, 4, 4)

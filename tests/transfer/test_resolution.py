@@ -1,4 +1,4 @@
-"""A denoiser or pipeline to another resolution: positions, noise, and everything else as it was."""
+"""Transfer of a denoiser or pipeline to another resolution: positions and noise change, everything else is kept."""
 
 from itertools import product
 
@@ -10,27 +10,27 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.diffusion.schedules import flow_scheduler
+from improved_ldm.models.family import DENOISERS
 from improved_ldm.models.mdt import RelativePositionBias
 from improved_ldm.models.positions import sincos_grid
-from improved_ldm.models.presets import DENOISERS
 from improved_ldm.transfer import transfer
 
 POSITIONS = ("resample", "interpolate", "extrapolate", "keep")
 SINCOS = {"dit": {}, "pixart": {}, "mmdit": {}}
-TABLE = {"mmdit": {"position_table_size": 8}}
+TABLE = {"mmdit": {"published": {"position_table_size": 8}}}
 COMPUTED = [*SINCOS.items(), *TABLE.items()]
 COMPUTED_IDS = [*SINCOS, "mmdit-table"]
 
 
 @pytest.fixture
 def make(tiny_denoiser):
-    """Builds a denoiser of 3 classes and 8 x 8 latents: 4 x 4 patches, where it has patches."""
+    """Builds a denoiser with 3 classes and 8 x 8 latents, which are 4 x 4 patches if it has patches."""
     return lambda name, **config: tiny_denoiser(name, **{"num_classes": 3, "sample_size": 8, **config})
 
 
 @pytest.fixture(params=COMPUTED, ids=COMPUTED_IDS)
 def computed(request, make):
-    """The denoisers whose positions are computed."""
+    """The denoisers with computed positions."""
     name, config = request.param
     return make(name, **config)
 
@@ -154,7 +154,7 @@ def test_interpolated_positions_survive_saving(computed, tmp_path):
 
 @pytest.mark.parametrize("positions", ["extrapolate", "keep"])
 def test_a_table_is_cropped_less(make, positions):
-    old = make("mmdit", position_table_size=8)
+    old = make("mmdit", published={"position_table_size": 8})
     new = transfer(old, 96, positions=positions)
     exactly(new.positions, old.positions)
     exactly(grid_of(new), old.positions.view(8, 8, -1)[1:7, 1:7])
@@ -164,16 +164,16 @@ def test_a_table_is_cropped_less(make, positions):
 
 
 def test_a_resampled_table_is_denser(make):
-    new = transfer(make("mmdit", position_table_size=8), 128)
-    assert new.config.position_table_size == 16 and new.config.position_extent == 4
-    assert transfer(new, 64).config.position_table_size == 8
+    new = transfer(make("mmdit", published={"position_table_size": 8}), 128)
+    assert new.published.position_table_size == 16 and new.config.position_extent == 4
+    assert transfer(new, 64).published.position_table_size == 8
 
 
 @pytest.mark.parametrize(
     ("name", "config"), [*COMPUTED, ("mdt", {}), ("unet", {})], ids=[*COMPUTED_IDS, "mdt", "unet"]
 )
 def test_a_denoiser_of_a_larger_grid_predicts_what_the_old_one_did_for_it(make, name, config):
-    """Every denoiser takes latents of other sizes; the transfer makes its way of doing so the trained one."""
+    """Every denoiser accepts latents of other sizes; the transfer predicts the same for the larger grid."""
     old = make(name, **config)
     new = transfer(old, 128, positions="keep" if config else "resample")
     assert_close(predict(new, 16), predict(old, 16), rtol=1e-5, atol=1e-6)
@@ -252,7 +252,7 @@ def test_learned_positions_do_not_extrapolate(make):
         transfer(make("mdt"), 128, positions="extrapolate")
 
 
-# what else is kept
+# other weights and settings
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_lineage_grows_with_every_transfer(class_pipeline, tmp_path):
         {"resolution": [8, 16], "positions": "extrapolate", "noise": "rescale"},
         {"resolution": [16, 24], "positions": "resample", "noise": "keep"},
     ]
-    assert new.config.lineage[0]["source"] == str(tmp_path)
+    assert new.config.lineage[0]["source"] == f".../{tmp_path.name}"
     new.save_pretrained(tmp_path / "new")
     assert DiffusionPipeline.from_pretrained(tmp_path / "new").config.lineage == new.config.lineage
 
@@ -340,6 +340,16 @@ def test_the_noise_of_a_pipeline_is_rescaled_or_kept(class_pipeline):
         scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) for scheduler in (old.scheduler, rescaled)
     )
     assert_close(after, before / 4, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("resolution", "scale"), [(16, 3.0), (8, 2.0), (4, 1.5)])
+def test_the_guidance_of_a_pipeline_is_kept_or_its_excess_rescaled(class_pipeline, resolution, scale):
+    old = class_pipeline()
+    assert transfer(old, resolution).config.default_guidance_scale == 2.0
+    new = transfer(old, resolution, guidance="rescale")
+    assert new.config.default_guidance_scale == scale and old.config.default_guidance_scale == 2.0
+    told = [record["guidance"] for record in new.config.lineage or ()]
+    assert told == (["rescale"] if resolution != 8 else [])
 
 
 def test_the_shift_of_a_flow_is_rescaled(class_pipeline):
@@ -372,6 +382,7 @@ def test_a_text_pipeline_is_transferred_too(text_pipeline):
         ({"resolution": 16, "positions": "guess"}, "`positions` is 'guess'; it must be one of resample, interpolate"),
         ({"resolution": 8, "positions": "guess"}, "`positions` is 'guess'"),
         ({"resolution": 16, "noise": "more"}, "`noise` is 'more'; it must be one of rescale, keep"),
+        ({"resolution": 16, "guidance": "more"}, "`guidance` is 'more'; it must be one of rescale, keep"),
     ],
 )
 def test_bad_words_and_sizes_are_errors(class_pipeline, arguments, message):

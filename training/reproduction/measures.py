@@ -1,25 +1,27 @@
 """What the tables measure of a trained pipeline, each a number."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.data.sources import open_rows
-from improved_ldm.evaluation.clip_score import open_clip_scorer
+from improved_ldm.evaluation.clip_score import ClipScorer, open_clip_scorer
 from improved_ldm.evaluation.features import open_features
-from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, draw, load_real_images, reduced
-from improved_ldm.evaluation.perceptual import open_perceptual
-from improved_ldm.evaluation.scores import frechet_distance, high_frequency_energy, manifold_scores
+from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, load_real_images, reduced, sample_images, sized
+from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
+from improved_ldm.evaluation.scores import RealFeatures, high_frequency_energy
 from improved_ldm.trainer.config import RunConfig
+from reproduction.curves import pipelines_before_the_end
 
 CLIP = "embedded:clip"  # knows the captions of the embedded images; its text tower is also what the models read
 
 
-class Evaluator:
+class Scorer:
     """The real images and the networks that all pipelines of a table are measured with.
 
     Args:
@@ -31,9 +33,17 @@ class Evaluator:
         rows = open_rows(config.data.source, "test", caption_column=config.data.caption_column, label_column="label")
         self.real = load_real_images(rows, config.transform.resolution, NUM_REAL_IMAGES)
         self.features = open_features(config.evaluation.judge, device)
-        self.distance = open_perceptual(config.evaluation.judge, device)
-        self.clip = open_clip_scorer(CLIP, device)
         self.config, self.device = config, device
+
+    @cached_property
+    def distance(self) -> PerceptualDistance:
+        """Of pairs of images."""
+        return open_perceptual(self.config.evaluation.judge, self.device)
+
+    @cached_property
+    def clip(self) -> ClipScorer:
+        """Of images and captions."""
+        return open_clip_scorer(CLIP, self.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,56 +62,58 @@ class Evaluator:
         }
 
     @cached_property
-    def real_features(self) -> torch.Tensor:
-        """(real, dim)."""
-        return self.features(self.real.pixels).vectors
+    def real_features(self) -> RealFeatures:
+        """What samples are compared with."""
+        return RealFeatures(self.features(self.real.pixels).vectors)
 
-    def samples(self, pipeline: ImprovedLDMPipeline, call: dict[str, Any], seed: int) -> "Samples":
+    def samples(self, pipeline: ImprovedLDMPipeline, call: dict[str, Any], seed: int) -> "TableSamples":
         """What a pipeline that was trained from a seed draws under further arguments of it."""
         sampling = self.config.sampling.model_dump(include={"guidance_scale", "num_inference_steps"})
-        size = {"original_size": tuple(call["original_size"])} if "original_size" in call else {}
-        return Samples(
-            self, pipeline, {**sampling, **call, **size}, seed * self.config.evaluation.num_coverage_samples
-        )
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in call.items()}
+        return TableSamples(self, pipeline, {**sampling, **values}, seed * self.config.evaluation.num_coverage_samples)
 
 
 @dataclass(frozen=True)
-class Samples:
+class TableSamples:
     """Samples of a pipeline under a call, drawn when a measure asks for them."""
 
-    evaluator: Evaluator
+    scorer: Scorer
     pipeline: ImprovedLDMPipeline
     call: dict[str, Any]
     first_seed: int
 
     @cached_property
     def _semantics(self) -> tuple[list[str], torch.Tensor]:
-        return self.evaluator.real.prompts(self.evaluator.config.evaluation.num_coverage_samples)
+        return self.scorer.real.prompts(self.scorer.config.evaluation.num_coverage_samples)
 
     @cached_property
     def _pixels(self) -> torch.Tensor:
-        return draw(self.pipeline, *self._semantics, self.first_seed, **self.call)
+        return sample_images(self.pipeline, *self._semantics, self.first_seed, **self.call)
 
     @cached_property
     def _at_half_size(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first samples, and the same prompts and seeds with half the original size."""
         prompts, labels = self._semantics
-        part = slice(self.evaluator.config.evaluation.num_detail_samples)
-        side = self.pipeline.config.default_original_size / 2
-        call = {**self.call, "original_size": (side, side)}
-        return self._pixels[part], draw(self.pipeline, prompts[part], labels[part], self.first_seed, **call)
+        part = slice(self.scorer.config.evaluation.num_detail_samples)
+        call = {**self.call, **sized(self.pipeline.default_original_side / 2)}
+        return self._pixels[part], sample_images(self.pipeline, prompts[part], labels[part], self.first_seed, **call)
 
     @cached_property
     def _features(self):
-        return self.evaluator.features(self._pixels)
+        return self.scorer.features(self._pixels)
 
     def fid(self) -> float:
         """Fréchet distance to real images."""
-        return frechet_distance(self.evaluator.real_features, self._features.vectors)
+        return self.scorer.real_features.fid(self._features.vectors)
+
+    def curve(self) -> list[float]:
+        """Fréchet distances to real images from the switch of resolution to the end."""
+        before = pipelines_before_the_end(Path(self.pipeline.name_or_path), self.pipeline.device)
+        return [*(replace(self, pipeline=pipeline).fid() for pipeline in before), self.fid()]
 
     def coverage(self) -> float:
         """Share of the real images that have a sample near."""
-        return manifold_scores(self.evaluator.real_features, self._features.vectors)["coverage"]
+        return self.scorer.real_features.manifold_scores(self._features.vectors)["coverage"]
 
     def class_accuracy(self) -> float:
         """Share of the samples whose class the judge finds."""
@@ -110,21 +122,21 @@ class Samples:
 
     def clip_score(self) -> float:
         """Mean CLIP score of samples and prompts."""
-        return self.evaluator.clip(self._pixels, self._semantics[0]).mean().item()
+        return self.scorer.clip(self._pixels, self._semantics[0]).mean().item()
 
     def size_distance(self) -> float:
         """Mean perceptual distance of samples that differ in the original size asked for."""
-        return self.evaluator.distance(*self._at_half_size).mean().item()
+        return self.scorer.distance(*self._at_half_size).mean().item()
 
     def content_distance(self) -> float:
         """Mean perceptual distance of samples at half the size to the full ones reduced to it: what else changes."""
         full, half = self._at_half_size
-        side = round(self.pipeline.config.default_original_size / 2)
-        return self.evaluator.distance(reduced(full, side).clamp(-1, 1), half).mean().item()
+        side = round(self.pipeline.default_original_side / 2)
+        return self.scorer.distance(reduced(full, side).clamp(-1, 1), half).mean().item()
 
     def class_kept(self) -> float:
         """Share of the samples whose class stays when half the original size is asked for."""
-        full, half = (self.evaluator.features(pixels).probabilities.argmax(1) for pixels in self._at_half_size)
+        full, half = (self.scorer.features(pixels).probabilities.argmax(1) for pixels in self._at_half_size)
         return (full == half).float().mean().item()
 
     def detail(self) -> float:
@@ -140,23 +152,28 @@ class Measure:
     Args:
         title: what the reader sees.
         lower_is_better: whether small values are good.
-        of: the number of samples.
+        of: the number of samples, or several along the run.
         reads: the field of the control that the model must read.
+        is_curve: whether it is several numbers.
     """
 
     title: str
     lower_is_better: bool
-    of: Callable[[Samples], float]
+    of: Callable[[TableSamples], float | list[float]]
     reads: str | None = None
+    is_curve: bool = False
 
+
+(SIDE,) = sized(1)  # the control input that sizes are asked for with
 
 MEASURES = {
-    "fid": Measure("FID", True, Samples.fid),
-    "coverage": Measure("coverage", False, Samples.coverage),
-    "clip_score": Measure("CLIP score", False, Samples.clip_score),
-    "class_accuracy": Measure("class found", False, Samples.class_accuracy),
-    "size_distance": Measure("distance at half size", True, Samples.size_distance, "original_size"),
-    "content_distance": Measure("content moved at half size", True, Samples.content_distance, "original_size"),
-    "class_kept": Measure("class kept at half size", False, Samples.class_kept, "original_size"),
-    "detail": Measure("detail left at half size", True, Samples.detail, "original_size"),
+    "fid": Measure("FID", True, TableSamples.fid),
+    "curve": Measure("FID after the switch", True, TableSamples.curve, is_curve=True),
+    "coverage": Measure("coverage", False, TableSamples.coverage),
+    "clip_score": Measure("CLIP score", False, TableSamples.clip_score),
+    "class_accuracy": Measure("class found", False, TableSamples.class_accuracy),
+    "size_distance": Measure("distance at half size", True, TableSamples.size_distance, SIDE),
+    "content_distance": Measure("content moved at half size", True, TableSamples.content_distance, SIDE),
+    "class_kept": Measure("class kept at half size", False, TableSamples.class_kept, SIDE),
+    "detail": Measure("detail left at half size", True, TableSamples.detail, SIDE),
 }

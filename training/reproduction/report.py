@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 
 from improved_ldm.provenance import write_json
+from reproduction.curves import curve_lines, plot_curves
 from reproduction.intervals import DESCRIPTION, compare, mean_and_interval
 from reproduction.measures import MEASURES
 from reproduction.tables import Table
@@ -18,7 +19,7 @@ SOURCES = {"paper": "the paper's claim", "ours": "our expectation; the paper has
 Values = dict[str, dict[str, list[float | None]]]  # setting → measure → a value a seed
 
 
-def summarize(table: Table, values: Values, about: dict[str, Any]) -> dict[str, Any]:
+def build_record(table: Table, values: Values, about: dict[str, Any]) -> dict[str, Any]:
     """The record of a measured table.
 
     Args:
@@ -67,8 +68,9 @@ def _checked(values: Values, measure: str, better: str, worse: str) -> dict[str,
 def write_report(record: dict[str, Any], folder: Path, scale: str):
     """Write `SCALE.json`, `SCALE.md` and `SCALE.png` of a table into its folder."""
     write_json(folder / f"{scale}.json", record)
-    (folder / f"{scale}.md").write_text(markdown(record, f"{scale}.png"))
-    plot(record, folder / f"{scale}.png")
+    (folder / f"{scale}.md").write_text(markdown(record, f"{scale}.png"), encoding="utf-8")
+    draw = plot_curves if has_curve(record) else plot
+    draw(record, folder / f"{scale}.png")
 
 
 def markdown(record: dict[str, Any], picture: str) -> str:
@@ -90,26 +92,39 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         *rows,
         "",
         *(f"- {expectation_text(expectation)}" for expectation in record["expectations"]),
+        *(curve_lines(record) if has_curve(record) else []),
         "",
         f"![{record['title']}]({picture})",
         "",
         *_parameters(record),
         f"Mean over {len(record['seeds'])} seeds and {record['interval']}. Features: "
         f"`{record['measured_with']['features']['name']}`; reference: {record['measured_with']['reference']}; "
-        f"{record['measured_with']['samples']} samples a run, guidance {record['measured_with']['guidance_scale']}, "
+        f"{record['measured_with']['samples']} samples per run, {_guidance(record)}, "
         f"{record['measured_with']['num_inference_steps']} steps of {record['sampler']}. "
-        f"{record['device']}; {record['seconds_a_run']:.0f} seconds a run.",
+        f"{record['device']}; {record['seconds_a_run']:.0f} seconds per run.",
         "",
+        *([record["note"], ""] if "note" in record else []),
         f"    {record['command']}",
         "",
     ]
     return "\n".join(lines)
 
 
+def _guidance(record: dict[str, Any]) -> str:
+    """The semantic guidance, where the rows are not about it."""
+    of_rows = any("call.guidance_scale" in values["overrides"] for values in record["settings"].values())
+    return "guidance as in the rows" if of_rows else f"guidance {record['measured_with']['guidance_scale']}"
+
+
 def measures_of(record: dict[str, Any]) -> list[str]:
-    """Names of the measures of a record, in the order of its columns."""
+    """Names of the measures of a record that are columns, in their order."""
     first = next(iter(record["settings"].values()))
-    return [name for name in first if name in MEASURES]
+    return [name for name in first if name in MEASURES and not MEASURES[name].is_curve]
+
+
+def has_curve(record: dict[str, Any]) -> bool:
+    """Whether a record has curves; they are drawn in place of its columns."""
+    return "curve" in next(iter(record["settings"].values()))
 
 
 def interval_text(value: dict[str, Any] | None) -> str:
@@ -130,7 +145,7 @@ def expectation_text(expectation: dict[str, Any]) -> str:
     said = f"{measure.title} of {expectation['better']} {better} than of {expectation['worse']}"
     apart = "intervals apart" if expectation["intervals_apart"] else "intervals overlap"
     difference = interval_text(expectation["difference"])
-    return f"{said}: **{expectation['verdict']}** (difference of pairs {difference}; {apart})"
+    return f"{said}: **{expectation['verdict']}** (paired difference {difference}; {apart})"
 
 
 def plot(record: dict[str, Any], file: Path):

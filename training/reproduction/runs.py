@@ -10,21 +10,25 @@ from typing import Any
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.provenance import write_json
 from improved_ldm.trainer.config import RunConfig
-from reproduction.measures import MEASURES, Evaluator
+from reproduction.measures import MEASURES, Scorer
 
 # What does not change the weights of a run, or says only where things go.
-NOT_OF_THE_WEIGHTS = {"output_dir": True, "sampling": True, "evaluation": True, "hub": True, "cache": {"folder"}}
+KEYS_WITHOUT_EFFECT_ON_WEIGHTS = {
+    **dict.fromkeys(("output_dir", "sampling", "evaluation", "hub"), True),
+    "cache": {"folder"},
+}
+FORMER_KEYS = {"after": None}  # of earlier versions, whose runs keep their names and settings
 
 
 def run_folder(output: Path, trainer: str, config: RunConfig) -> Path:
     """The folder of a run, named by what its weights depend on."""
-    values = config.model_dump(mode="json", exclude=NOT_OF_THE_WEIGHTS)
+    values = config.model_dump(mode="json", exclude=KEYS_WITHOUT_EFFECT_ON_WEIGHTS) | FORMER_KEYS
     digest = hashlib.sha256(json.dumps([trainer, values], sort_keys=True).encode()).hexdigest()
     return output / "runs" / f"{trainer.removeprefix('train_')}-{digest[:12]}"
 
 
-def trained(output: Path, trainer: str, config: RunConfig, train: Callable[[RunConfig], None]) -> Path:
-    """The folder of a trained pipeline; it is trained, or its training goes on, where it is not finished.
+def train_if_missing(output: Path, trainer: str, config: RunConfig, train: Callable[[RunConfig], None]) -> Path:
+    """The folder of a trained pipeline; it is trained, or its training resumes, if it is not finished.
 
     Args:
         output: where runs are kept.
@@ -39,14 +43,31 @@ def trained(output: Path, trainer: str, config: RunConfig, train: Callable[[RunC
             "cache": config.cache.model_copy(update={"folder": (output / "cache").as_posix()}),
             "evaluation": config.evaluation.model_copy(update={"judge": None}),  # the tables measure by themselves
         }
-        train(config.model_copy(update=update))
-        for part in ("checkpoints", "logs"):
+        config = config.model_copy(update=update)
+        if len(config.stages) > 1:
+            _share_first_stage(output, trainer, config, train)
+        train(config)
+        for part in ("logs",) if config.stages else ("checkpoints", "logs"):  # `curve` reads those of stages
             shutil.rmtree(folder / part, ignore_errors=True)
     return folder
 
 
-def measured(
-    folder: Path, names: tuple[str, ...], call: dict[str, Any], seed: int, evaluator: Evaluator
+def _share_first_stage(output: Path, trainer: str, config: RunConfig, train: Callable[[RunConfig], None]):
+    """Train the first stage of a run in a folder of its own and link to it; runs with the same first stage share it.
+
+    The trainer finds the stage finished and begins the next one from its checkpoint.
+    """
+    first = config.of_stage(0)
+    link, shared = Path(first.output_dir), run_folder(output, trainer, first)
+    if not (shared / "metrics.json").exists():
+        train(first.model_copy(update={"output_dir": shared.as_posix()}))
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("..", shared.name), target_is_directory=True)
+
+
+def measure_if_missing(
+    folder: Path, names: tuple[str, ...], call: dict[str, Any], seed: int, scorer: Scorer
 ) -> dict[str, float | None]:
     """What measures say of a trained pipeline; each is made once and kept beside it.
 
@@ -55,19 +76,19 @@ def measured(
         names: of the measures.
         call: arguments of the pipeline.
         seed: of the run.
-        evaluator: what the measures compare with.
+        scorer: what the measures compare with.
 
     Returns:
         A number a measure, or None where the model does not read what it is about.
     """
     file = folder / "measures.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    entry = kept.setdefault(json.dumps({"call": call, **evaluator.settings}, sort_keys=True), {})
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    entry = kept.setdefault(json.dumps({"call": call, **scorer.settings}, sort_keys=True), {})
     missing = [name for name in names if name not in entry]
     if missing:
-        pipeline = ImprovedLDMPipeline.from_pretrained(folder).to(evaluator.device)
+        pipeline = ImprovedLDMPipeline.from_pretrained(folder).to(scorer.device)
         pipeline.set_progress_bar_config(disable=True)
-        samples = evaluator.samples(pipeline, call, seed)
+        samples = scorer.samples(pipeline, call, seed)
         read = pipeline.denoiser.control_inputs
         for name in missing:
             measure = MEASURES[name]

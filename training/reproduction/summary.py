@@ -6,20 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from reproduction.intervals import compare, mean_and_interval
+from reproduction.intervals import compare
 from reproduction.measures import MEASURES
 from reproduction.report import interval_text
 from reproduction.tables import SCALES, Expectation, Table
 
-HEADER = """# The paper's tables in miniature
+HEADER = """# The paper's tables at a small scale
 
-What the paper claims, or what we expect where it has such a table and we do not have its numbers, re-run at a size
-that a reader can afford. `agrees` and `disagrees` mean that the 95% interval of the paired difference over the seeds
-leaves out zero, `unclear` that it does not; the comparisons are not corrected for their number. A claim that fails at
-this size says something of this size. `python training/reproduce.py TABLE` measures a table,
-`python training/reproduce.py summary` writes this page.
+What the paper claims, re-run at a scale that every reader can afford. Where the paper has a table whose numbers are
+not available to us, the claim is our expectation (`ours`). `agrees` and `disagrees` mean that the 95% interval of
+the paired difference over the seeds excludes zero, `unclear` that it includes zero. The comparisons are not
+corrected for their number. A result at this scale does not settle the claim at full scale.
+`python training/reproduce.py TABLE` measures a table, `python training/reproduce.py summary` writes this page.
 
-| table | claim | by | measure | better | against | scale | verdict |
+"""
+ABOUT = "about.md"  # of a folder of results: a paragraph on how they were made
+TABLE_HEAD = """| table | claim | by | measure | better | against | scale | verdict |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -27,12 +29,19 @@ this size says something of this size. `python training/reproduce.py TABLE` meas
 def write_summary(tables: dict[str, Table], results: Path):
     """Write `README.md` of the results from the records that are there."""
     rows = [row for name, table in tables.items() for row in _rows(name, table, results / name)]
-    (results / "README.md").write_text(HEADER + "\n".join([*rows, _switch_row(results / "transfer")]) + "\n")
+    lines = "\n".join(rows)
+    file = results / ABOUT
+    about = f"{file.read_text(encoding='utf-8')}\n" if file.exists() else ""
+    (results / "README.md").write_text(f"{HEADER}{about}{TABLE_HEAD}{lines}\n", encoding="utf-8")
 
 
 def _rows(name: str, table: Table, folder: Path) -> list[str]:
     """A row for every comparison of a table at every scale that has it, or one that says that none has."""
-    records = {scale: json.loads(file.read_text()) for scale in SCALES if (file := folder / f"{scale}.json").exists()}
+    records = {
+        scale: json.loads(file.read_text(encoding="utf-8"))
+        for scale in SCALES
+        if (file := folder / f"{scale}.json").exists()
+    }
     rows = []
     for expectation in table.expect:
         measure = MEASURES[expectation.measure].title
@@ -55,21 +64,6 @@ def _measured(record: dict[str, Any], expectation: Expectation) -> list[str]:
     better, worse = (np.array(value["seeds"]) for value in values)
     found = compare(better, worse, MEASURES[expectation.measure].lower_is_better)
     return [*sides, record["scale"], verdict_text(found)]
-
-
-def _switch_row(folder: Path) -> str:
-    claim = "Resampled positions and rescaled noise give a lower FID after a switch of resolution."
-    file = folder / "transfer.json"
-    if not file.exists():
-        return _row("transfer", claim, "paper", "FID", "both", "default", "", "not measured")
-    arms = json.loads(file.read_text())["arms"]
-    last = {name: np.array([fids[-1] for fids in arms[name]["fid_of_seeds"].values()]) for name in ("both", "default")}
-    found = compare(last["both"], last["default"], lower_is_better=True)
-    sides = [f"{name}: {interval_text(mean_and_interval(values))}" for name, values in last.items()]
-    apart = "" if found["intervals_apart"] else ", intervals overlap"
-    return _row(
-        "[transfer](transfer/transfer.png)", claim, "paper", "FID", *sides, "cpu", f"{found['verdict']}{apart}"
-    )
 
 
 def verdict_text(found: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, model_validator
 
-from improved_ldm.trainer.config import RunConfig, Section, parse_config
+from improved_ldm.settings import Section, parse_config
+from improved_ldm.trainer.config import RunConfig
 from reproduction.measures import MEASURES
 
 HERE = Path(__file__).parent
@@ -20,8 +21,11 @@ class Expectation(Section):
     """A claim as numbers: in a measure, one setting is better than another."""
 
     measure: str
+    """One of the measures of the table."""
     better: str
+    """Setting that is better in it."""
     worse: str
+    """Setting that is worse in it."""
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -30,29 +34,26 @@ class Expectation(Section):
 
 
 class Table(Section):
-    """One table or figure of the paper.
-
-    Args:
-        title: what is compared.
-        claim: what is expected, in words.
-        source: whether the paper says so, or we expect it.
-        trainer: script that trains its models.
-        base: overrides that all settings share.
-        settings: the rows, each with its overrides.
-        cpu: settings that the small scale measures; none leaves the table to the large one.
-        measures: the columns, names of `MEASURES`.
-        expect: the claim as numbers.
-    """
+    """One table or figure of the paper."""
 
     title: str
+    """What is compared."""
     claim: str
+    """What is expected, in words."""
     source: Literal["paper", "ours"]
+    """Whether the paper says so, or we expect it."""
     trainer: Literal["train_t2i", "train_class_conditional"] = "train_t2i"
+    """Script that trains its models."""
     base: dict[str, Any] = Field(default_factory=dict)
+    """Overrides that all settings share."""
     settings: dict[str, dict[str, Any]]
+    """The rows, each with its overrides."""
     cpu: tuple[str, ...] = ()
+    """Settings that the small scale measures; none leaves the table to the large one."""
     measures: tuple[str, ...] = Field(min_length=1)
+    """The columns, names of `MEASURES`."""
     expect: tuple[Expectation, ...] = Field(min_length=1)
+    """The claim as numbers."""
 
     @model_validator(mode="after")
     def _names_exist(self):
@@ -96,5 +97,5 @@ class Table(Section):
 
 def load_tables() -> dict[str, Table]:
     """All tables by name."""
-    entries = yaml.safe_load((HERE / "tables.yaml").read_text())
+    entries = yaml.safe_load((HERE / "tables.yaml").read_text(encoding="utf-8"))
     return {name: Table.model_validate(entry) for name, entry in entries.items()}

@@ -1,0 +1,306 @@
+"""The rows of a set in an order that can be resumed exactly, split among ranks and workers; bad rows are skipped."""
+
+import contextlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from improved_ldm.data.rows import BadRowError, Row, Rows, StoredRow, stored_windows
+from improved_ldm.data.shards import LOST, NO_END_MARK
+from improved_ldm.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+MAX_CORRUPT = 0.05  # fraction of bad rows that a run may skip
+MIN_ROWS_TO_JUDGE = 100  # rows of a pass after which that fraction is checked
+MAX_STAND_INS = 32  # rows that are tried in place of one that cannot be used
+IN_ORDER_WINDOW = 64  # rows read at once when nothing is shuffled
+SHARDS_PER_READER = 4  # with this many or more, a reader reads whole shards, although some get one more
+
+
+class CorruptImagesError(RuntimeError):
+    """Too many rows of a set cannot be used."""
+
+
+@dataclass
+class _Position:
+    """The position of a reader: after `offset` rows of the window that starts at `source`."""
+
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+    start: int = 0  # place of the window's first row in the order, counted over all passes
+    source: dict | None = None  # state of the dataset at the start of the window; None at the start of a pass
+    seen: int = 0  # rows of this pass
+    skipped: dict[str, int] = field(default_factory=dict)  # number of bad rows among them, by reason
+    lost: dict[str, str] = field(default_factory=dict)  # reason of each shard that failed in this pass, by its place
+    without_caption: int = 0  # rows of this pass whose caption is empty
+    last_pass: dict[str, int] | None = None  # what the previous pass skipped
+
+    def counts(self) -> dict[str, int]:
+        """Number of rows and shards that were skipped in this pass, by reason."""
+        return self.skipped | Counter(self.lost.values())
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "_Position":
+        """The position of a state; earlier versions wrote a single count of skipped rows, `corrupt`."""
+        corrupt = state.pop("corrupt", 0)
+        return cls(**{"skipped": {"image cannot be decoded": corrupt} if corrupt else {}, **state})
+
+
+def skipped_rows(state: Any) -> dict[str, int]:
+    """Number of skipped rows of a set, by reason, from the state of one or several loaders.
+
+    Args:
+        state: state of a stream or of anything that holds states of streams, such as a loader with workers. Each
+            reader counts its last complete pass, or its first pass so far.
+    """
+    if isinstance(state, list | tuple):
+        return dict(sum((Counter(skipped_rows(item)) for item in state), Counter()))
+    if not isinstance(state, dict):
+        return {}
+    if "skipped_rows" in state:
+        return dict(state["skipped_rows"])
+    return skipped_rows(list(state.values()))
+
+
+class RowStream(torch.utils.data.IterableDataset):
+    """Streams the rows of one rank, split among its DataLoader workers, in an order that can be resumed exactly.
+
+    The order of the set does not depend on the number of ranks and workers: it goes window by window, and the rows of
+    each window are shuffled. It is cut into batches; the ranks take the batches in turn, and so do the workers of a
+    rank. The seed of a row is a function of (`seed`, epoch, the row's number in the set). Every reader goes through
+    the stored rows of the whole set and decodes only its own. If a set has many files per reader, each reader reads
+    whole files instead; then the order depends on the number of readers, but the seeds of rows do not.
+
+    The state is the position in the stream. One window of encoded images is held in memory. Rows that cannot be used
+    are skipped, logged, and counted by reason in the state. In a stream that repeats, the next usable row stands in
+    for each of them, so that all others keep their places for any number of readers.
+
+    Args:
+        rows: the opened set.
+        seed: seed of the order and of the rows' own seeds.
+        shuffle_window: number of rows that are shuffled together; 0 or 1 keeps the order of the set.
+        repeat: whether to repeat the set endlessly, so that ranks with unequal shares never wait for each other, or
+            to pass over it once.
+        rank, world_size: rank of this process, and number of processes.
+        min_size: smallest (height, width), pixels, that the transforms need; see `read_image`.
+        batch_size: number of consecutive rows that go to the same rank and worker.
+
+    Raises:
+        ValueError: if an argument is out of range; on iteration, if there are no rows to repeat, or the loaded state
+            belongs to another layout.
+        CorruptImagesError: on iteration, if more than `MAX_CORRUPT` of the rows cannot be used, checked from
+            `MIN_ROWS_TO_JUDGE` rows on and at the end of every pass; or if more than that fraction of the shards, and
+            more than one, or all shards, cannot be read to the end.
+
+    Source: our choice, because the shuffle buffer of `datasets` is lost when a run resumes.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        seed: int = 0,
+        shuffle_window: int = 1024,
+        repeat: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        min_size: tuple[int, int] | None = None,
+        batch_size: int = 1,
+    ):
+        if shuffle_window < 0:
+            raise ValueError(f"`shuffle_window` is {shuffle_window}; it must be ≥ 0.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` is {rank}; with `world_size` {world_size} it must be in [0, {world_size - 1}].")
+        self.rows, self.seed, self.shuffle_window, self.repeat = rows, seed, shuffle_window, repeat
+        self.rank, self.world_size, self.min_size, self.batch_size = rank, world_size, min_size, batch_size
+        self._position = _Position()
+        self._loaded = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last row that was read, and what was skipped."""
+        last = self._position.last_pass
+        skipped = self._position.counts() if last is None else last
+        return {"layout": self._layout(), "skipped_rows": dict(skipped), **asdict(self._position)}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """Start the next iteration where `state_dict` was taken."""
+        layout = state["layout"]
+        if layout != self._layout():
+            raise ValueError(f"the state was written with {layout}; this stream has {self._layout()}.")
+        position = {key: value for key, value in state.items() if key not in ("layout", "skipped_rows")}
+        self._position = _Position.from_state(position)
+        self._loaded = True
+
+    def __iter__(self) -> Iterator[Row]:
+        if not self._loaded:
+            self._position = _Position()
+        self._loaded = False
+        return self._passes()
+
+    def _layout(self) -> dict[str, int]:
+        """Everything that the order of the rows depends on."""
+        reader, readers = self._reader()
+        order = {"seed": self.seed, "shuffle_window": self.shuffle_window, "batch_size": self.batch_size}
+        return {**order, "reader": reader, "readers": readers}
+
+    def _reader(self) -> tuple[int, int]:
+        """The index of this worker among all workers of all ranks, which take batches in turn, and their number."""
+        worker = torch.utils.data.get_worker_info()
+        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return index * self.world_size + self.rank, self.world_size * count
+
+    def _passes(self) -> Iterator[Row]:
+        yield from self._one_pass()
+        while self.repeat:
+            before = self._position
+            self._position = _Position(epoch=before.epoch + 1, start=before.start, last_pass=before.counts())
+            yield from self._one_pass()
+
+    def _one_pass(self) -> Iterator[Row]:
+        position, is_empty = self._position, self._position.window == 0
+        for window in self._windows():
+            is_empty = False
+            if self.shuffle_window > 1:
+                Random(self._seed_of_window()).shuffle(window)
+            for offset in self._own_offsets(len(window)):
+                position.offset, position.seen = offset + 1, position.seen + 1
+                row = self._read(window[offset], self._seed_of_row(window[offset], position.start + offset))
+                if position.seen >= MIN_ROWS_TO_JUDGE:
+                    self._judge_skipped()
+                if row is None and self.repeat:
+                    row = self._stand_in(window, offset)
+                if row is not None:
+                    yield row
+        self._end_pass(is_empty)
+
+    def _stand_in(self, window: list[StoredRow], offset: int) -> Row | None:
+        """The next usable row of the window, for one that cannot be used: no reader's later rows change places."""
+        following = [*window[offset + 1 :], *window[:offset]]
+        for stored in following[:MAX_STAND_INS]:
+            if LOST not in stored.values:
+                with contextlib.suppress(BadRowError):
+                    return self._decode(stored, self._seed_of_row(stored, self._position.start + offset))
+        return None
+
+    def _own_offsets(self, size: int) -> list[int]:
+        """The offsets of this reader's rows in the window, from the position on."""
+        position, deals_shards, (reader, readers) = self._position, self._deals_shards(), self._reader()
+        return [
+            offset
+            for offset in range(position.offset, size)
+            if deals_shards or (position.start + offset) // self.batch_size % readers == reader
+        ]
+
+    def _windows(self) -> Iterator[list[StoredRow]]:
+        """The remaining windows of the pass; moves the position from one to the next."""
+        position = self._position
+        dataset, to_pass_over = self._dataset_of_reader()
+        size = self.shuffle_window if self.shuffle_window > 1 else IN_ORDER_WINDOW
+        for number, window in enumerate(stored_windows(dataset, size, self.rows.is_remote)):
+            if number < to_pass_over:
+                continue
+            yield window
+            position.source, position.offset = dataset.state_dict(), 0
+            position.window, position.start = position.window + 1, position.start + len(window)
+
+    def _dataset_of_reader(self) -> tuple[datasets.IterableDataset, int]:
+        """The dataset that this reader reads, and the number of windows in it before the position."""
+        share = self._reader() if self._deals_shards() else (0, 1)
+        dataset = split_dataset_by_node(self.rows.dataset, *share, strategy="shards")
+        if self.shuffle_window > 1:
+            dataset.set_epoch(derive_seed(self.seed, self._position.epoch))  # shuffles shards, equally for all readers
+        source = self._position.source
+        if source is None:
+            return dataset, 0
+        if self.rows.files and "ArrowExamplesIterable" in json.dumps(source):  # by the parquet reader of `datasets`
+            return dataset, self._position.window
+        dataset.load_state_dict(source)
+        return dataset, 0
+
+    def _deals_shards(self) -> bool:
+        """Whether each reader reads whole shards instead of its part of every shard."""
+        return self.rows.dataset.num_shards >= SHARDS_PER_READER * self._reader()[1]
+
+    def _lane(self) -> tuple[int, ...]:
+        """Numbers that make this reader's places unique if each reader counts its own."""
+        return self._reader() if self._deals_shards() else ()
+
+    def _seed_of_window(self) -> int:
+        return derive_seed(self.seed, self._position.epoch, self._position.window, *self._lane())
+
+    def _seed_of_row(self, stored: StoredRow, place: int) -> int:
+        """The seed of a row in this epoch, a function of its number in the set or, if unknown, its place."""
+        number = (-1, place, *self._lane()) if stored.number is None else stored.number
+        return derive_seed(self.seed, self._position.epoch, *number)
+
+    def _read(self, row: StoredRow, seed: int) -> Row | None:
+        """The row, or None if it cannot be used."""
+        if LOST in row.values:
+            self._lose_shard(row.place, row.values[LOST])
+            return None
+        try:
+            decoded = self._decode(row, seed)
+        except BadRowError as error:
+            self._skip(error, row.place or f"row {self._position.seen} of this pass")
+            return None
+        self._position.without_caption += decoded.caption == ""
+        return decoded
+
+    def _decode(self, row: StoredRow, seed: int) -> Row:
+        rows, stored = self.rows, row.values
+        rows.check(stored)
+        caption = None if rows.caption_column is None else rows.caption(stored)
+        label = None if rows.label_column is None else rows.label(stored)
+        image, size = rows.image(stored, self.min_size)
+        return Row(image, size, caption, label, seed)
+
+    def _skip(self, error: BadRowError, place: str):
+        skipped, named, reason = self._position.skipped, self.rows.named, error.reason
+        skipped[reason] = count = skipped.get(reason, 0) + 1
+        if count.bit_count() == 1 and count > named.get(reason, 0):  # a damaged set does not flood the log
+            named[reason] = count
+            logger.warning("skipped %s: %s%s", place, error, f"; {count} rows so far" if count > 1 else "")
+
+    def _lose_shard(self, place: str, reason: str):
+        position, named = self._position, self.rows.named
+        position.seen -= 1  # a lost shard is not a row
+        position.lost[place] = reason
+        readers = self._reader()[1]
+        shards = -(-self.rows.dataset.num_shards // readers) if self._deals_shards() else self.rows.dataset.num_shards
+        bad = {place: reason for place, reason in position.lost.items() if reason != NO_END_MARK}
+        if len(bad) > max(1, MAX_CORRUPT * shards) or len(bad) == shards:
+            lost = "; ".join(f"{place} ({reason})" for place, reason in bad.items())
+            raise CorruptImagesError(f"{len(bad)} of {shards} shards cannot be read: {lost}.")
+        if place not in named:
+            named[place] = 1
+            logger.warning("skipped %s: %s; %d of %d shards so far", place, reason, len(position.lost), shards)
+
+    def _judge_skipped(self):
+        position = self._position
+        if sum(position.skipped.values()) > MAX_CORRUPT * position.seen:
+            raise CorruptImagesError(f"{_counts(position)}; at most {MAX_CORRUPT:.0%} are allowed.")
+
+    def _end_pass(self, is_empty: bool):
+        position = self._position
+        if is_empty and self.repeat:
+            raise ValueError("the set has no rows to repeat.")
+        if position.skipped and position.skipped != position.last_pass:
+            logger.warning("%s in this pass; they are skipped", _counts(position))
+        if position.without_caption and position.last_pass is None:
+            logger.warning("%d of %d rows have an empty caption", position.without_caption, position.seen)
+        if sum(position.skipped.values()) > 1 or self._reader()[1] == 1:  # one bad row means little in a small share
+            self._judge_skipped()
+
+
+def _counts(position: _Position) -> str:
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in position.skipped.items())
+    return f"{sum(position.skipped.values())} of {position.seen} rows cannot be used ({reasons})"

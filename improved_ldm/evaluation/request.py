@@ -1,0 +1,252 @@
+"""The configuration of an evaluation, and everything that follows from it before images are sampled."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Place, SamplerSteps, Seed, Text, Threads
+from improved_ldm.evaluation.evaluate import ScoreSettings
+from improved_ldm.evaluation.obedience_config import ObedienceConfig
+from improved_ldm.evaluation.reference import Reference, check_reference, open_reference
+from improved_ldm.evaluation.sampling import Request, Samples, SamplingSettings, check_settings, make_requests
+from improved_ldm.evaluation.sweep import parse_sweep
+from improved_ldm.naming import loading, naming_keys
+from improved_ldm.open_pipeline import open_pipeline
+from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.settings import Section
+
+
+class EvaluateConfig(Section):
+    """Configuration of an evaluation."""
+
+    pipeline: Place | None = None
+    """Folder or Hub id of a pipeline."""
+    samples: LocalPath | None = None
+    """Folder of images to score instead of a pipeline."""
+    data: Place
+    """Reference set: an embedded set, a Hub id, a file or a folder."""
+    split: Text = "test"
+    """Split of the reference set."""
+    name: Text | None = None
+    """Configuration name, for a Hub dataset with several configurations."""
+    image_column: Text = "image"
+    """Column of the images."""
+    caption_column: Text = "text"
+    """Column of the captions, for a text pipeline."""
+    label_column: Text = "label"
+    """Column of the labels, if `labels` is `drawn`."""
+    output_dir: LocalPath | None = None
+    """Output folder; default: a folder in runs/evaluation/ whose name depends on the settings."""
+    num_reference_images: Annotated[Count, Field(ge=2)] = 50_000
+    """Maximum number of reference images, taken in the order of the set."""
+    reference_hash: Text | None = None
+    """Required hash of the reference set; any other set is an error."""
+    num_samples: Annotated[Count, Field(ge=2)] = 10_000
+    """Number of images to sample."""
+    batch_size: BatchSize = 50
+    """Images per call of the pipeline and of the networks."""
+    seed: Seed = 0
+    """Random seed; image i has the seed `seed` + i."""
+    labels: Literal["balanced", "drawn"] = "balanced"
+    """Classes in turn, or at random with the frequencies of the reference set; captions are taken in turn."""
+    control: dict[str, bool | tuple[Number, Number]] = Field({})
+    """Control arguments of the pipeline for every scored image; the obedience test sets its own."""
+    num_inference_steps: SamplerSteps | None = None
+    """Sampler steps per image; default: that of the pipeline."""
+    guidance_scale: Number | None = None
+    """λ; default: that of the pipeline."""
+    control_guidance_scale: Number = 1.0
+    """β, the guidance scale of the control."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the pipeline."""
+    sweep: Text | None = None
+    """Ranges of the guidance scales; a sweep is not judged and does not change the model card."""
+    features: Place = "inception"
+    """Feature network of the distances: `inception`, `inception:FILE`, `embedded:judge`, …"""
+    clip: Place | None = None
+    """CLIP model of the CLIP score; by default, the score is not computed."""
+    scores: ScoreSettings = ScoreSettings()
+    obedience: ObedienceConfig = ObedienceConfig()
+    perceptual: Place = "embedded:judge"
+    """Network of the distance between images that differ in their control; used only with the judge."""
+    update_card: bool = True
+    """Write the numbers to the model card of a local trained folder."""
+    cpu_threads: Threads | None = None
+    """Threads per process without a GPU; by default, the processes share the cores."""
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        name = Path(self.pipeline or self.samples).resolve().name
+        return self.output_dir or Path("runs/evaluation") / f"{name}-{self._hash()}"
+
+    def _hash(self) -> str:
+        """Eight hexadecimal digits that identify all settings that the scores depend on, and the absolute paths."""
+        values = self.model_dump(mode="json", exclude=KEYS_WITHOUT_EFFECT_ON_SCORES)
+        for key in ("pipeline", "samples", "data"):
+            if values[key] and Path(values[key]).exists():
+                values[key] = Path(values[key]).resolve().as_posix()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+KEYS_WITHOUT_EFFECT_ON_SCORES = {"output_dir", "reference_hash", "update_card", "cpu_threads"}
+KEYS_UNUSED_IN_SWEEP = {"obedience", "perceptual", "update_card"}
+# Keys that control sampling, and that existing images do not depend on.
+SAMPLING_KEYS = {
+    "num_samples",
+    "seed",
+    "labels",
+    "control",
+    "num_inference_steps",
+    "guidance_scale",
+    "control_guidance_scale",
+    "dtype",
+    "sweep",
+    "caption_column",
+    "label_column",
+    *KEYS_UNUSED_IN_SWEEP,
+}
+
+
+def check_keys(config: EvaluateConfig):
+    """Raise a ValueError for keys that contradict each other or would be ignored."""
+    if (config.pipeline is None) == (config.samples is None):
+        given = "neither" if config.pipeline is None else "both"
+        raise ValueError(
+            f"give either `pipeline`, to sample from, or `samples`, a folder of images; {given} was given."
+        )
+    ignored = config.model_fields_set & SAMPLING_KEYS if config.samples else set()
+    if ignored:
+        raise ValueError(
+            f"`{min(ignored)}` is given, but the images of `samples` exist already; it needs a `pipeline`."
+        )
+    if config.sweep:
+        twice = parse_sweep(config.sweep)[0].keys() & config.model_fields_set
+        if twice:
+            raise ValueError(f"`{min(twice)}` is given, but `sweep` varies it.")
+        ignored = config.model_fields_set & KEYS_UNUSED_IN_SWEEP
+        if ignored:
+            raise ValueError(f"`{min(ignored)}` is given, but a `sweep` is neither judged nor shown on a model card.")
+
+
+def load_pipeline(config: EvaluateConfig) -> ImprovedLDMPipeline:
+    """Load the pipeline of a folder or a Hub id. The requested steps and guidance become its defaults.
+
+    Raises:
+        ValueError: If it is not a pipeline of this family.
+    """
+    with loading("pipeline", config.pipeline):
+        pipeline = open_pipeline(config.pipeline, dtype=getattr(torch, config.dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    pipeline.register_to_config(**{f"default_{name}": value for name, value in asked.items() if value is not None})
+    return pipeline
+
+
+def sampling_settings(
+    pipeline: ImprovedLDMPipeline, config: EvaluateConfig, point: dict[str, float]
+) -> SamplingSettings:
+    """Settings of the pipeline's call at a point of a sweep.
+
+    Raises:
+        ValueError: If the model does not read the control or the guidance.
+    """
+    values = {
+        "num_inference_steps": pipeline.config.default_num_inference_steps,
+        "guidance_scale": pipeline.config.default_guidance_scale,
+        "control_guidance_scale": config.control_guidance_scale,
+    }
+    settings = SamplingSettings(**values | point)
+    check_settings(pipeline, settings, config.control)
+    return settings
+
+
+def check_semantics(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None, samples: Samples | None):
+    """Raise a ValueError for caption or label settings that are not used, or for a CLIP score without prompts."""
+    if pipeline is not None:
+        takes_text = pipeline.takes_text
+        if takes_text and config.labels == "drawn":
+            raise ValueError("`labels` is 'drawn'; a text pipeline uses captions, so it must be 'balanced'.")
+        if not takes_text and "caption_column" in config.model_fields_set:
+            raise ValueError("`caption_column` is given, but the pipeline is class-conditional and reads no captions.")
+        if config.labels == "balanced" and "label_column" in config.model_fields_set:
+            raise ValueError("`label_column` is given, but labels are read only if `labels` is 'drawn'.")
+    if config.clip is None:
+        return
+    if pipeline is not None and not pipeline.takes_text:
+        raise ValueError(f"`clip` is {config.clip}; it needs prompts, but the pipeline is class-conditional.")
+    if samples is not None and samples.prompts is None:
+        raise ValueError(
+            f"`clip` is {config.clip}; it needs a `text` for each image in {config.samples}/metadata.jsonl."
+        )
+
+
+def read_reference(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None, size: tuple[int, int]) -> Reference:
+    """Open the reference set at a size (height, width) in pixels.
+
+    Its hash is compared with `reference_hash` and with the hash of earlier results in the output folder.
+
+    Raises:
+        ValueError: If the hash differs, or captions or labels that the pipeline needs are missing.
+    """
+    expected = _expected_hashes(config)
+    takes_text = pipeline is not None and pipeline.takes_text
+    reads_labels = pipeline is not None and not takes_text and config.labels == "drawn"
+    with naming_keys(source="data"):
+        reference = open_reference(
+            config.data,
+            config.split,
+            size,
+            config.num_reference_images,
+            config.batch_size,
+            name=config.name,
+            image_column=config.image_column,
+            caption_column=config.caption_column if takes_text else None,
+            label_column=config.label_column if reads_labels else None,
+        )
+    check_reference(reference, expected)
+    return reference
+
+
+def _expected_hashes(config: EvaluateConfig) -> dict[str, str]:
+    """The hash in the configuration and the hashes of results in the output folder, by where they are stated."""
+    expected = {} if config.reference_hash is None else {"`reference_hash`": config.reference_hash}
+    for file in (config.folder / "metrics.json", config.folder / "sweep.json"):
+        if file.exists():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if "reference" not in record:
+                raise ValueError(
+                    f"`output_dir` is {config.folder}; its {file.name} is not from an evaluation and would be "
+                    "overwritten. Choose another folder."
+                )
+            expected[str(file)] = record["reference"]["sha256"]
+    return expected
+
+
+def make_all_requests(config: EvaluateConfig, pipeline: ImprovedLDMPipeline, reference: Reference) -> list[Request]:
+    """Make all requests: captions in turn, classes in turn, or random classes with the reference set's frequencies.
+
+    Raises:
+        ValueError: If all captions of the reference set are empty, or the model does not know one of its labels.
+    """
+    order = "in_turn"
+    if pipeline.takes_text:
+        choices = reference.captions
+        if not any(choices):
+            raise ValueError(
+                f"`caption_column` is {config.caption_column!r}; all captions of {config.data} are empty."
+            )
+    elif config.labels == "balanced":
+        choices = range(pipeline.denoiser.config.num_classes)
+    else:
+        choices, order = reference.labels, "drawn"
+        num_classes = pipeline.denoiser.config.num_classes
+        if max(choices) >= num_classes:
+            raise ValueError(
+                f"`labels` is 'drawn'; {config.data} has label {max(choices)}; the model has {num_classes} classes."
+            )
+    return make_requests(choices, config.num_samples, config.seed, config.control, order)

@@ -1,0 +1,36 @@
+"""What the weights of a pipeline were made from: the records of its `lineage`, one for each change, oldest first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from improved_ldm.places import shareable_place
+
+INDEX = DiffusionPipeline.config_name  # model_index.json
+
+
+def lineage_record(source: str | Path | None, **change: Any) -> dict[str, Any]:
+    """A record of a lineage.
+
+    Args:
+        source: folder or Hub id of the weights before; None for a model in memory.
+        change: what was done to them.
+
+    Returns:
+        The record as it stands next to the weights, without local folders.
+    """
+    return {"source": source and shareable_place(str(source)), **change}
+
+
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
+    """The lineage of the pipeline in a folder; empty for a folder without a pipeline."""
+    index = folder / INDEX
+    return (json.loads(index.read_text(encoding="utf-8")).get("lineage") or []) if index.is_file() else []
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The folders of the stages before the last one of a run in stages, in order, by the names in its lineage."""
+    stages = [folder / Path(record["source"] or "").name for record in read_lineage(folder)]
+    return [stage for stage in stages if stage != folder and (stage / INDEX).is_file()]

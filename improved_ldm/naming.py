@@ -1,0 +1,49 @@
+"""Errors in the user's terms: keys of the configuration instead of function arguments."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from improved_ldm.exits import is_out_of_memory, one_line
+
+# Arguments of `open_rows` → keys of a training run.
+DATA_KEYS = {
+    "source": "data.source",
+    **{name: f"data.{name}" for name in ("split", "name", "image_column", "caption_column", "label_column")},
+}
+
+
+@contextmanager
+def naming_keys(**keys: str) -> Iterator[None]:
+    """Replace the names of arguments in errors, `like this`, with the keys that they come from.
+
+    Args:
+        keys: Keys of the configuration by the names of arguments.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = re.sub(r"`(\w+)`", lambda match: f"`{keys.get(match[1], match[1])}`", str(error))
+        if message == str(error):
+            raise
+        kinds = (FileNotFoundError, OSError, ValueError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(message) from error
+
+
+@contextmanager
+def loading(key: str, source: str) -> Iterator[None]:
+    """Turn any error while a source is loaded into one that names the source and its key.
+
+    Args:
+        key: Key of the configuration.
+        source: Value of the key, a folder or a Hub id.
+
+    Raises:
+        ValueError: In place of any other error, because errors of foreign files have no common type.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or f"`{key}`" in str(error):
+            raise
+        raise ValueError(f"`{key}` is {source!r}, which does not load: {one_line(str(error))}") from error

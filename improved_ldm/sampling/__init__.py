@@ -1,0 +1,1 @@
+"""The parts of the pipeline: arguments, prompts, sizes and the denoising loop."""

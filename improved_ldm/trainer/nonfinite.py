@@ -1,0 +1,131 @@
+"""Steps whose loss or gradient is NaN or infinite: how they are detected, and a file with the batch of the first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from improved_ldm.data.latents import EncodedBatch
+from improved_ldm.diffusion.objectives import Objective
+from improved_ldm.trainer.config import TrainingConfig
+from improved_ldm.trainer.randomness import StepRandomness
+
+NONFINITE = "nonfinite"  # name of a folder in that of the run
+
+
+class NonFiniteLossError(RuntimeError):
+    """Losses, gradients or weights are NaN or infinite: the run cannot continue; its last checkpoint is intact."""
+
+
+def pass_nonfinite_to_gradient(loss: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
+    """The same loss; if it is not finite, its gradient becomes NaN, and so does the norm on every process.
+
+    Args:
+        loss: a scalar.
+        conditions: conditions of the batch. A denoiser reads a row of NaN as a missing condition, so NaN in the data
+            would otherwise go unnoticed.
+    """
+    finite = loss.detach().isfinite()
+    for condition in conditions:
+        if condition is not None and condition.is_floating_point():
+            finite = finite & condition.detach().isfinite().all()
+    return loss * torch.ones_like(loss).masked_fill(~finite, torch.nan)
+
+
+def check_weights(model: nn.Module, step: int):
+    """Raise a NonFiniteLossError if weights are not finite after a step, counted from 1, before they are saved."""
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise NonFiniteLossError(f"weights are NaN or infinite after step {step}; it is not saved")
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """The micro-batch of a step that explains its NaN: the first without a finite loss, otherwise the last.
+
+    Args:
+        batch: the micro-batch, on the device.
+        number: number of the micro-batch, counted from 0; a scalar on the device.
+        loss: its loss, a scalar.
+    """
+
+    batch: EncodedBatch
+    number: torch.Tensor
+    loss: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All fields as named tensors."""
+        return self.batch.tensors() | {"micro_batch": self.number, "loss": self.loss}
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, torch.Tensor]) -> "Suspect":
+        """The inverse of `tensors`."""
+        return cls(EncodedBatch.from_tensors(named), named["micro_batch"], named["loss"])
+
+    def unless(self, stays: torch.Tensor, earlier: "Suspect | None") -> "Suspect":
+        """This suspect, or an earlier one if the scalar bool `stays` is true; chosen on the device."""
+        if earlier is None:
+            return self
+        own, pairs = self.tensors(), earlier.tensors().items()
+        return self.from_tensors({name: torch.where(stays, value, own[name]) for name, value in pairs})
+
+    def unless_before(self, earlier: "Suspect | None") -> "Suspect":
+        """This suspect, or an earlier one of the same step whose loss is not finite."""
+        return self if earlier is None else self.unless(~earlier.loss.isfinite(), earlier)
+
+
+class FirstSkipped:
+    """Keeps the suspect of the first skipped step of a run, until a log step writes it to a file.
+
+    The choice is made on the device with a copy of one micro-batch per step and no synchronisation; after the file is
+    written there are no copies. Timesteps and noise follow from the seed and the positions of the images in the order.
+
+    Args:
+        folder: folder of the files, one per process; if that of this process exists, nothing is kept.
+        rank: rank of this process.
+        device: device of the batches.
+    """
+
+    def __init__(self, folder: Path, rank: int, device: torch.device):
+        self.folder, self.rank = folder, rank
+        self._is_written = any(folder.glob(f"*-rank{rank}.safetensors"))
+        self._kept: Suspect | None = None
+        self._step = torch.zeros((), dtype=torch.long, device=device)  # 0 if none was skipped so far
+
+    def note(self, step: int, suspect: Suspect, skipped: torch.Tensor):
+        """Keep the suspect of a step, counted from 1, if this is the first skipped step."""
+        if self._is_written:
+            return
+        is_found = self._step > 0
+        self._kept = suspect.unless(is_found, self._kept)
+        self._step = self._step.masked_fill(skipped & ~is_found, step)
+
+    def write(
+        self, randomness_of: Callable[[int], StepRandomness], objective: Objective, config: TrainingConfig
+    ) -> Path | None:
+        """Write the kept suspect to a file, once.
+
+        Args:
+            randomness_of: function from a step, counted from 0, to its random numbers.
+            objective: training objective, for the timesteps.
+            config: configuration, for the dropout probabilities.
+
+        Returns:
+            The file; None if there is nothing to write, or it was written before.
+        """
+        if self._is_written or not self._step:
+            return None
+        step = int(self._step)
+        images = randomness_of(step - 1).images(int(self._kept.number))
+        semantic, control = images.dropped(config.semantic_dropout, config.control_dropout)
+        timesteps = objective.timestep_quantile(images.timestep_fractions())
+        randomness = {"timesteps": timesteps, "drops_semantic": semantic, "drops_control": control}
+        named = self._kept.tensors() | randomness
+        tensors = {name: value.cpu().contiguous() for name, value in named.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{step:08d}-rank{self.rank}.safetensors"
+        save_file(tensors, file, metadata={"step": str(step), "process": str(self.rank)})
+        self._kept, self._is_written = None, True
+        return file

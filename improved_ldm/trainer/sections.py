@@ -1,0 +1,301 @@
+"""The sections of a training run's configuration."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from huggingface_hub.constants import DEFAULT_REVISION
+from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
+
+from improved_ldm.bounds import (
+    BatchSize,
+    Classes,
+    Count,
+    CountOrZero,
+    DecayRate,
+    NotNegative,
+    Number,
+    Passes,
+    Pixels,
+    Place,
+    Positive,
+    Probability,
+    SamplerSteps,
+    Share,
+    Text,
+    Threads,
+    Width,
+    Window,
+    Workers,
+)
+from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
+from improved_ldm.conditioning.control_embedding import ControlWeight
+from improved_ldm.conditioning.text import TextPadding
+from improved_ldm.data.transforms import CropPolicy, CropPosition
+from improved_ldm.diffusion.objectives import LossWeighting, Prediction
+from improved_ldm.models.family import check_options, denoiser_class, preset
+from improved_ldm.models.trunk import ConditioningMode, ControlRoute
+from improved_ldm.places import check_repository_name
+from improved_ldm.settings import Section
+from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, UNLAUNCHED, launched_with
+
+
+class DataConfig(Section):
+    """Where the images come from."""
+
+    source: Place = "embedded:fashion-mnist"
+    """`embedded:fashion-mnist`, a Hub dataset id, or a file or folder of parquet, webdataset shards or images."""
+    split: Text = "train"
+    """Split of the set."""
+    name: Text | None = None
+    """Configuration of a Hub dataset that has several."""
+    image_column: Text = "image"
+    """Column of the images."""
+    caption_column: Text = "text"
+    """Column of the captions."""
+    label_column: Text = "label"
+    """Column of the class labels, for class-conditional training."""
+    num_classes: Classes | None = None
+    """Number of classes; needed if the set does not name its classes."""
+    shuffle_window: Window = 1024
+    """Number of rows that are shuffled together."""
+    num_workers: Workers = 0
+    """Processes that read and transform images."""
+    accept_changes: bool = False
+    """Resume a run even if its data has changed."""
+
+
+class TransformConfig(Section):
+    """How an image becomes a square sample; the fields are those of `ImageTransform`."""
+
+    resolution: Pixels = 256
+    """Side length of training images, in pixels."""
+    crop_policy: CropPolicy = "resize_then_crop"
+    """Scale, then crop; crop a box of varying size, then scale; or crop at the scale of a later stage."""
+    crop_position: CropPosition = "random"
+    """Position of the crop in the image."""
+    crop_probability: Probability = 1.0
+    """Probability that `crop_then_resize` takes less than the largest square."""
+    min_crop: Share = 1.0
+    """Side length of the smallest crop, as a fraction of the largest square."""
+    flip_probability: Probability = 0.5
+    """Probability of a horizontal flip."""
+    reduce_probability: Probability = 0.0
+    """Probability that an image is scaled down before it is scaled up again."""
+    min_original_size: Pixels | None = None
+    """Smallest shorter side of an image that is scaled down, in pixels."""
+    target_scale: Pixels | None = None
+    """Side length of the samples of a later stage, in pixels; `crop_at_target_scale` crops at their scale."""
+
+
+class CacheConfig(Section):
+    """The cache of latents and text tokens."""
+
+    passes: Passes = 0
+    """Number of times that each image is encoded, with new crops and flips each time; 0 encodes during training."""
+    folder: Place | None = None
+    """Folder of the caches; default: `cache` in the output folder."""
+
+
+class AutoencoderConfig(Section):
+    """The autoencoder."""
+
+    pretrained: Place = "embedded:autoencoder"
+    """`embedded:autoencoder`, a folder or a Hub id."""
+    subfolder: Place | None = None
+    """Subfolder of `pretrained`."""
+
+
+class TextConfig(Section):
+    """The text encoder and the padding of its tokens."""
+
+    pretrained: Place = "embedded:clip"
+    """`embedded:clip`, a folder or a Hub id."""
+    max_tokens: Width = 77
+    """L, tokens per prompt."""
+    padding: TextPadding = "noisy_replicate"
+    """How short prompts are padded."""
+    noise_scale: NotNegative = 0.02
+    """β_txt, noise scale of the noisy replicate padding."""
+
+
+class DenoiserConfig(Section):
+    """The denoiser; in the disentangled mode `options.qk_norm` is true by default if the backbone has it."""
+
+    pretrained: Place | None = None
+    """Folder or Hub id of a denoiser to start from, instead of new weights of `name` and `size`."""
+    subfolder: Place | None = None
+    """Subfolder of `pretrained`: `transformer` or `unet` in a pipeline."""
+    name: Text = "dit"
+    """Backbone: `dit`, `pixart`, `mmdit`, `mdt` or `unet`."""
+    size: Text = "XL/2"
+    """`tiny`, `S`, `B`, `L` or `XL`, a slash and the patch size."""
+    conditioning: ConditioningMode = "disentangled"
+    """How conditions enter the denoiser."""
+    control_weight: ControlWeight = "cosine"
+    """Shape of γ_c(t), the weight of the control over the timesteps."""
+    control_power: Positive = 1.0
+    """α of the cosine ramp."""
+    control_parts: tuple[ControlPart, ...] = DEFAULT_PARTS
+    """Parts of the control that the denoiser reads."""
+    control_route: ControlRoute = "norm"
+    """How the control enters: through the adaptive `norm`, or as `tokens` of the attention."""
+    options: dict[str, Any] = Field({})
+    """Further constructor arguments of the backbone, which override those of `size`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_backbone(cls, name: str):
+        denoiser_class(name)
+        return name
+
+    @field_validator("size")
+    @classmethod
+    def _is_in_the_table(cls, size: str, others: ValidationInfo):
+        if "name" in others.data:  # a wrong name is reported alone
+            preset(others.data["name"], size)
+        return size
+
+    @field_validator("options")
+    @classmethod
+    def _are_arguments(cls, options: dict[str, Any], others: ValidationInfo):
+        return check_options(others.data["name"], options) if "name" in others.data else options
+
+
+class ObjectiveConfig(Section):
+    """What the denoiser predicts; the fields are the arguments of `make_objective`."""
+
+    prediction: Prediction = "epsilon"
+    """What the denoiser predicts."""
+    loss_weighting: LossWeighting = "uniform"
+    """Weight of the loss over the timesteps."""
+    shift: Positive = 1.0
+    """Shift of the noise schedule towards more noise; above 1 for high resolutions."""
+    logit_mean: Number = 0.0
+    """Mean of logit(t) if timesteps have a logit-normal distribution."""
+    logit_std: Positive = 1.0
+    """Standard deviation of logit(t) if timesteps have a logit-normal distribution."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, its learning rate and the average of the weights."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`constant` after a linear warm-up, or `cosine` down to zero after it."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps until the peak learning rate."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
+    """Decay rates of the moments."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Norm that gradients are clipped to."""
+    ema_decay: DecayRate = 0.9999
+    """Decay per step of the averaged weights, which are saved and used for samples."""
+
+
+def _or_as_launched(key: str) -> WrapValidator:
+    """Use the launcher's value for a key of `training` that is not given."""
+
+    def check(value, validate: Callable):
+        if value is not None:
+            return validate(value)
+        asked = launched_with(key)
+        try:
+            return validate(asked or UNLAUNCHED[key])
+        except ValidationError as error:
+            variable = LAUNCHER_VARIABLES[key]
+            raise ValueError(f"{variable} is {asked!r}: {error.errors()[0]['msg']}") from error
+
+    return WrapValidator(check)
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    steps: Count = 400_000
+    """Optimizer steps."""
+    batch_size: BatchSize = 32
+    """Images per process and micro-batch."""
+    gradient_accumulation_steps: Annotated[BatchSize, _or_as_launched("gradient_accumulation_steps")] = Field(
+        None, validate_default=True
+    )
+    """Micro-batches per step; default: the launcher's value, or 1."""
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], _or_as_launched("mixed_precision")] = Field(
+        None, validate_default=True
+    )
+    """Mixed precision; default: the launcher's value, or `no`."""
+    semantic_dropout: Probability = 0.1
+    """Probability that an image is trained with the null prompt or class."""
+    control_dropout: Probability = 0.1
+    """Probability that an image is trained with the null control."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the repeated blocks of the denoiser."""
+    max_skipped_steps: CountOrZero = 100
+    """Largest number of skipped (non-finite) steps in a row before the run stops; at most half of `steps`."""
+    log_every: Count = 10
+    """Steps between entries in the trackers and the loss curve."""
+    checkpoint_every: Count = 5000
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Number of checkpoints that are kept."""
+    trackers: tuple[Text, ...] = ("tensorboard",)
+    """Trackers of accelerate: `tensorboard`, `wandb`, …"""
+    cpu_threads: Threads | None = None
+    """Threads per process without a GPU; by default the processes share the cores."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value):
+        return "no" if value is False else value  # YAML 1.1 reads a bare no as false
+
+
+class SamplingConfig(Section):
+    """The samples of a run, and the sampling defaults of its pipeline."""
+
+    every: CountOrZero = 0
+    """Steps between sample grids; with 0, there is only one at the end."""
+    prompts: tuple[Text, ...] | None = None
+    """Prompts of the grid, one per row; default: captions from the data. Class-conditional models show classes."""
+    guidance_scale: Number = 5.0
+    """λ, guidance scale."""
+    num_inference_steps: SamplerSteps = 50
+    """Sampler steps per image."""
+
+
+class HubConfig(Section):
+    """The license on the card, and the repository that a run pushes to while it trains."""
+
+    license: Text = Field("unknown", pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """License of the weights, as the Hub names it: `apache-2.0`, `cc-by-nc-4.0`, …"""
+    repo: Text | None = None
+    """`user/name` on the Hub, created if it does not exist."""
+    push_every: CountOrZero = 0
+    """Steps between pushes of the pipeline with the averaged weights; 0 pushes nothing."""
+    branch: Text = "training"
+    """Branch to push to, with one commit per push; not `main`, which holds published versions."""
+    private: bool = False
+    """Require a private repository."""
+
+    @field_validator("repo")
+    @classmethod
+    def _has_an_owner(cls, repo: str | None):
+        if repo is not None:
+            check_repository_name(repo)
+        return repo
+
+    @field_validator("branch")
+    @classmethod
+    def _leaves_versions_alone(cls, branch: str):
+        if branch == DEFAULT_REVISION:
+            raise ValueError("it holds published versions; unfinished weights must go to another branch")
+        return branch
+
+    @model_validator(mode="after")
+    def _has_a_place(self):
+        if self.push_every and self.repo is None:
+            raise ValueError("`push_every` needs a `repo` to push to")
+        return self

@@ -1,0 +1,1 @@
+"""Scripts that train, evaluate and publish; installed, they are `improved_ldm.training`."""

@@ -116,7 +116,9 @@ class Connection(BaseHTTPRequestHandler):
 
     def _send(self, status: int, answer: Any, headers: dict[str, str], fault: Fault | None):
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+        # an empty body would be complete with the headers, and the client would go on
+        length = max(len(content), 1) if fault and fault.body in ("cut", "stall") else len(content)
+        headers = {"Content-Type": "application/json", "Content-Length": str(length), **headers}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -90,8 +90,9 @@ def variance_preserving_sampler(
     Args:
         config: Config of a scheduler with betas.
         sampler: `ddim`, `ddpm` (ancestral) or `dpm_solver`.
-        timestep_spacing: `trailing` starts at the noisiest timestep and ends above 0, `linspace` spans all timesteps, `leading` takes steps of
-            equal length from timestep 1 on, as latent diffusion does; default: `trailing` for `ddim`, else `linspace`.
+        timestep_spacing: `trailing` starts at the noisiest timestep and ends above 0, `linspace` spans all timesteps,
+            `leading` takes steps of equal length from timestep 1 on, as latent diffusion does; default: `trailing` for
+            `ddim`, else `linspace`.
         learned_variance: Whether `ddpm` reads the variance from the denoiser.
 
     Raises:

@@ -280,13 +280,11 @@ class SamplingConfig(Section):
     num_inference_steps: SamplerSteps = 50
     """Sampler steps per image."""
     sampler: SamplerName | None = None
-    """`ddim`, `ddpm` (ancestral), `dpm_solver` or, for a flow, `euler` or `dpm_solver`; default: `ddpm` with a learned
-    variance, `euler` for a flow, else `ddim`."""
+    """Scheduler of the pipeline; default: `ddpm` with a learned variance, `euler` for a flow, else `ddim`."""
     timestep_spacing: TimestepSpacing | None = None
     """Spacing of the sampler's timesteps; default: `trailing` for `ddim`, else `linspace`."""
     guidance_options: dict[str, Any] = Field({})
-    """Where and when guidance acts: `channels`, `schedule` (`constant`, `power_cosine` or `interval`), `power` and
-    `interval`; default: all latent channels at all timesteps."""
+    """Where and when guidance acts: `channels`, `schedule`, `power` and `interval` of `GuidanceOptions`."""
 
     @field_validator("guidance_options")
     @classmethod

@@ -51,7 +51,7 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         for setting, config in configs.items():
             seeded = config.model_copy(update={"seed": seed})
             folder = train_if_missing(output, table.trainer, seeded, TRAINERS[table.trainer])
-            found = measure_if_missing(folder, table.measures, table.call(setting), seed, scorer)
+            found = measure_if_missing(folder, table.measures, table.call(setting), seed, scorer, config)
             print(f"{name}, seed {seed}, {setting}: {found}", flush=True)
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             parameters[setting] = runs[-1]["parameters"]

@@ -15,7 +15,11 @@ from reproduction.tables import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-SOURCES = {"paper": "the paper's claim", "ours": "our expectation; the paper has such a table"}
+SOURCES = {
+    "paper": "the paper's claim",
+    "ours": "our expectation; the paper has such a table",
+    "recipe": "the claim of a published recipe",
+}
 Values = dict[str, dict[str, list[float | None]]]  # setting → measure → a value a seed
 
 

@@ -202,9 +202,7 @@ class TransformersFeatures(FeatureNetwork):
         return Features(pooled.flatten(1).float())
 
 
-def open_features(
-    source: str, device: torch.device | str = "cpu", resizing: Resizing = "network"
-) -> FeatureNetwork:
+def open_features(source: str, device: torch.device | str = "cpu", resizing: Resizing = "network") -> FeatureNetwork:
     """Open a feature network.
 
     Args:

@@ -19,7 +19,9 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Gaussian":
-        """The Gaussian of features (samples ≥ 2, dim)."""
+        """The Gaussian of features (samples ≥ 2, dim). A ValueError is raised if one of them is not finite."""
+        if not features.isfinite().all():
+            raise ValueError(f"`features` is {tuple(features.shape)} and has NaN or infinity; it must be finite.")
         features = features.double()
         return cls(features.mean(0), torch.atleast_2d(torch.cov(features.T)))
 

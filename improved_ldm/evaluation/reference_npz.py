@@ -22,8 +22,9 @@ from improved_ldm.provenance import write_whole
 
 IMAGES = "arr_0"  # the suite's name of the array of images
 KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # the score → the suite's names of its arrays
-ABOUT = "about"  # our own array: a JSON text that states what the statistics were measured with
-UNREADABLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+ABOUT = "improved_ldm"  # our own array: a JSON text that states what the statistics were measured with
+STATED = ("features", "resizing", "images", "reference")
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class ReferenceStatistics:
         for name, gaussian in self.gaussians.items():
             if sizes[name] not in (0, len(gaussian.mean)):
                 raise ValueError(
-                    f"`reference_statistics` is {self.source}; its `{KEYS[name][0]}` has {len(gaussian.mean)} features, "
-                    f"but those of {network.name} are {sizes[name]}."
+                    f"`reference_statistics` is {self.source}; its `{KEYS[name][0]}` has {len(gaussian.mean)} "
+                    f"features, but {network.name} has {sizes[name]}."
                 )
         ours = {"features": network.sha256, "resizing": network.resizing}
         for name, value in ours.items():
@@ -127,7 +128,8 @@ def open_statistics(file: Path) -> ReferenceStatistics:
         if "fid" not in found:
             raise ValueError(f"it has the arrays {', '.join(arrays) or 'none'}; `mu` and `sigma` are needed")
         values = {key: arrays[key] for keys in found.values() for key in keys}
-        about = json.loads(str(arrays[ABOUT])) if ABOUT in arrays else {}
+        stated = json.loads(str(arrays[ABOUT])) if ABOUT in arrays else {}
+        about = {name: stated[name] for name in STATED if stated}
         gaussians = {name: _gaussian(*keys, values) for name, keys in found.items()}
     digest = hashlib.sha256()
     for key, array in values.items():
@@ -144,12 +146,9 @@ def write_statistics(file: Path, gaussians: dict[str, Gaussian], network: Featur
         network: The network of the features.
         reference: Record of the reference set.
     """
-    about = {
-        "features": network.sha256,
-        "resizing": network.resizing,
-        "images": reference["images"],
-        "reference": reference["sha256"],
-    }
+    about = dict(
+        zip(STATED, (network.sha256, network.resizing, reference["images"], reference["sha256"]), strict=True)
+    )
     arrays = {
         key: array.numpy()
         for name, gaussian in gaussians.items()
@@ -197,7 +196,8 @@ def _gaussian(mean_key: str, covariance_key: str, values: dict[str, np.ndarray])
     mean, covariance = values[mean_key], values[covariance_key]
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
         raise ValueError(
-            f"`{mean_key}` is {mean.shape} and `{covariance_key}` {covariance.shape}; they must be (dim,) and (dim, dim)"
+            f"`{mean_key}` is {mean.shape} and `{covariance_key}` {covariance.shape}; they must be (dim,) and "
+            "(dim, dim)"
         )
     for key in (mean_key, covariance_key):
         if values[key].dtype.kind != "f" or not np.isfinite(values[key]).all():

@@ -133,7 +133,7 @@ class Evaluation:
         settings = self.settings.fitted(min(len(vectors) for vectors in (real, fake.vectors) if vectors is not None))
         targets = self.gaussians if self.statistics is None else self.statistics.gaussians
         fitted = self._fit(fake)
-        scores = {name: fitted[name].distance(targets[name]) for name in fitted if name in targets}
+        scores = {name: targets[name].distance(fitted[name]) for name in fitted if name in targets}
         if real is not None:
             subsets = (settings.kid_subsets, settings.kid_subset_size, settings.seed)
             scores["kid"], scores["kid_std"] = kernel_distance(real, fake.vectors, *subsets)

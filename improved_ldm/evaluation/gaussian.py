@@ -1,6 +1,7 @@
 """Mean and covariance of a set of features, and the Fréchet distance between two of them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,15 +29,16 @@ class Gaussian:
     def distance(self, other: "Gaussian") -> float:
         """Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), ≥ 0.
 
-        The trace of the root is the sum of the singular values of Σ₁^½ Σ₂^½, which is exact for singular covariances
-        as well.
+        The trace of the root is the sum of the roots of the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½.
 
-        Source: Dowson and Landau 1982; the singular values are our choice.
+        Source: Dowson and Landau 1982; the symmetric product is our choice.
         """
         shift = (self.mean - other.mean).square().sum()
-        overlap = torch.linalg.svdvals(self._half().T @ other._half()).sum()
+        product = self._half.T @ other.covariance @ self._half
+        overlap = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
         return max((shift + self.covariance.trace() + other.covariance.trace() - 2 * overlap).item(), 0.0)
 
+    @cached_property
     def _half(self) -> torch.Tensor:
         """A matrix H (dim, dim) with H Hᵀ = Σ, whose columns are orthogonal."""
         values, vectors = torch.linalg.eigh(self.covariance)

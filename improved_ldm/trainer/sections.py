@@ -187,7 +187,7 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """Multiply the learning rate by images per step / `lr_base_batch`, or by the square root of that."""
-    lr_base_batch: BatchSize | None = None
+    lr_base_batch: BatchSize | None = Field(None, validate_default=True)
     """Images per step for which `learning_rate` is meant; only with `lr_scaling`."""
     schedule: Literal["constant", "cosine"] = "constant"
     """`constant` after a linear warm-up, or `cosine` down to zero after it."""
@@ -208,6 +208,14 @@ class OptimizerConfig(Section):
     ema_every: Count = 1
     """Steps between updates of the average."""
 
+    @field_validator("lr_base_batch")
+    @classmethod
+    def _is_given_if_the_rate_scales(cls, images: int | None, others: ValidationInfo):
+        rule = others.data.get("lr_scaling")  # a wrong rule is reported alone
+        if rule is not None and (rule == "none") != (images is None):
+            raise ValueError(f"`lr_scaling` is {rule}, which {'has no' if rule == 'none' else 'needs a'} base")
+        return images
+
     @field_validator("betas", mode="before")
     @classmethod
     def _are_those_of_the_optimizer(cls, betas: Any, others: ValidationInfo):
@@ -217,14 +225,6 @@ class OptimizerConfig(Section):
         if default and isinstance(betas, list | tuple) and len(betas) != len(default):
             raise ValueError(f"{others.data['name']} has {len(default)}, by default {', '.join(map(str, default))}")
         return betas
-
-    @model_validator(mode="after")
-    def _has_a_base_if_it_scales(self):
-        if self.lr_scaling == "none" and self.lr_base_batch is not None:
-            raise ValueError(f"`lr_base_batch` is {self.lr_base_batch}, but `lr_scaling` is none; set it or drop this")
-        if self.lr_scaling != "none" and self.lr_base_batch is None:
-            raise ValueError(f"`lr_scaling` is {self.lr_scaling}; it needs `lr_base_batch`, such as 256")
-        return self
 
 
 def _or_as_launched(key: str) -> WrapValidator:

@@ -87,6 +87,11 @@ def test_the_learning_rate_scales_with_the_images_per_step(images, base):
     assert scaled(OptimizerConfig(), images) == OptimizerConfig()
 
 
+def test_a_scaling_without_a_base_is_refused():
+    with pytest.raises(ConfigError, match=r"`optimizer\.lr_base_batch` .*`lr_scaling` is sqrt, which needs a base"):
+        parse_config(RunConfig, ["--optimizer.lr_scaling", "sqrt"])
+
+
 def test_a_rate_that_is_scaled_to_nonsense_is_refused_before_the_folder_is_written(arguments, tmp_path):
     settings = {"optimizer.learning_rate": "0.05", "optimizer.lr_scaling": "linear", "optimizer.lr_base_batch": 1}
     with pytest.raises(ValueError, match=r"turns 0\.05 into 0\.4 for 8 images per step"):

@@ -20,14 +20,12 @@ from improved_ldm.conditioning.values import (
     read_choice,
     read_flag,
     read_integer,
-    read_number,
 )
 from improved_ldm.loading import DENOISER_NAMES, CheckedPipeline
 from improved_ldm.lora import LoraLoaderMixin
 from improved_ldm.models.active_adapters import scaled_adapters
 from improved_ldm.sampling.arguments import (
     MAX_IMAGES,
-    MAX_SCALE,
     check_latents,
     logger,
     read_adapter_scale,
@@ -44,13 +42,21 @@ from improved_ldm.sampling.components import (
 )
 from improved_ldm.sampling.denoising import DenoisingMixin, NonFiniteLatentsError, dtype_name
 from improved_ldm.sampling.prompts import PromptMixin
+from improved_ldm.sampling.scales import ScalesMixin
 from improved_ldm.sampling.sizes import SizesMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class ImprovedLDMPipeline(
-    CheckedPipeline, PromptMixin, SizesMixin, DenoisingMixin, CallState, LoraLoaderMixin, DiffusionPipeline
+    CheckedPipeline,
+    PromptMixin,
+    SizesMixin,
+    ScalesMixin,
+    DenoisingMixin,
+    CallState,
+    LoraLoaderMixin,
+    DiffusionPipeline,
 ):
     """Samples images from a prompt or a class label, controlled by size, crop and flip.
 
@@ -67,6 +73,9 @@ class ImprovedLDMPipeline(
         default_original_size: Shorter side, in pixels, of the default `original_size`; None for the output's size.
         default_guidance_scale: λ if the call gives none.
         default_num_inference_steps: Steps if the call gives none.
+        guidance_options: Where and when the semantic guidance acts, if the call does not say: a dictionary with the
+            fields of `GuidanceOptions`, `channels`, `schedule`, `power` and `interval`. Default: on all latent
+            channels at all timesteps.
         class_names: Names of the classes, for the model card and the user.
         lineage: Origin of the weights, one record per transfer, for the model card and the user.
         objective: Prediction type and noise that the denoiser was trained with, see `trained_objective`; default:
@@ -103,6 +112,7 @@ class ImprovedLDMPipeline(
         class_names: list[str] | None = AS_BEFORE,
         lineage: list[dict[str, Any]] | None = AS_BEFORE,
         objective: dict[str, Any] | None = AS_BEFORE,
+        guidance_options: dict[str, Any] | None = AS_BEFORE,
     ):
         super().__init__()
         check_components(vae, transformer, unet)
@@ -124,6 +134,7 @@ class ImprovedLDMPipeline(
             "class_names": class_names,
             "lineage": lineage,
             "objective": objective,
+            "guidance_options": guidance_options,
         }
         settings = sampling_settings(given, self.denoiser, scheduler)
         check_text(text_encoder, settings["max_text_tokens"])
@@ -184,6 +195,7 @@ class ImprovedLDMPipeline(
         joint_attention_kwargs: dict[str, Any] | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         colour: Sequence[float] | list[Sequence[float]] | None = None,
+        guidance_options: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
@@ -237,6 +249,10 @@ class ImprovedLDMPipeline(
             joint_attention_kwargs: Another name for `attention_kwargs`.
             cross_attention_kwargs: Another name for `attention_kwargs`.
             colour: Mean and standard deviation of the luminance, then of the saturation, in [0, 1]; default: unknown.
+            guidance_options: Where and when the semantic guidance acts, with the fields of `GuidanceOptions`: `{}` for
+                all latent channels at all timesteps, `{"channels": 3}` for the first three channels,
+                `{"schedule": "power_cosine", "power": 4.0}`, or `{"schedule": "interval", "interval": [100, 800]}`;
+                default: the pipeline's `guidance_options`.
 
         Returns:
             An output whose `.images` have the requested type, ordered by prompt, then by image of the prompt.
@@ -272,7 +288,7 @@ class ImprovedLDMPipeline(
             flip=flip,
             colour=colour,
         )
-        scales = self.read_scales(guidance_scale, control_guidance_scale, guidance_rescale)
+        guidance = self.read_guidance(guidance_scale, control_guidance_scale, guidance_rescale, guidance_options)
         adapter_scale = read_adapter_scale(
             attention_kwargs=attention_kwargs,
             joint_attention_kwargs=joint_attention_kwargs,
@@ -299,32 +315,12 @@ class ImprovedLDMPipeline(
             )
             positive, negative = (part.to(device).with_control(control) for part in (positive, negative))
             positive, negative = (part.to(device, dtype) for part in (positive, negative.without_control()))
-            guided = GuidedConditions(positive, negative, **scales)
+            guided = GuidedConditions(positive, negative, **guidance)
             latents = self.denoise(latents, scheduler, guided, generator, on_step_end)
 
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def read_scales(
-        self, guidance_scale: Any, control_guidance_scale: Any, guidance_rescale: Any
-    ) -> dict[str, int | float]:
-        """The guidance scales, checked.
-
-        Raises:
-            ValueError: If a value is not valid, or control guidance is given to a model that reads no control.
-        """
-        scales = {
-            "guidance_scale": self.config.default_guidance_scale if guidance_scale is None else guidance_scale,
-            "control_guidance_scale": control_guidance_scale,
-            "guidance_rescale": guidance_rescale,
-        }
-        largest = {"guidance_rescale": 1}
-        scales = {name: read_number(name, value, 0, largest.get(name, MAX_SCALE)) for name, value in scales.items()}
-        beta = scales["control_guidance_scale"]
-        if beta != 1 and not self.denoiser.control_inputs:
-            raise ValueError(f"`control_guidance_scale` is {beta}; the model reads no control, so it must be 1.")
-        return scales
 
     def adapters_scaled(self, scale: float) -> AbstractContextManager:
         """Scale the strength of all adapters; a warning is logged if this has no effect."""

@@ -54,13 +54,18 @@ class Conditioning:
         """The same semantic condition with a control of shape (batch, n_control)."""
         return replace(self, control=control)
 
-    def without_semantic(self, num_classes: int | None) -> "Conditioning":
-        """The same batch with the null semantic condition: no text, no class."""
-        nan = torch.nan
+    def without_semantic(self, num_classes: int | None, keeps_mask: bool = False) -> "Conditioning":
+        """The same batch with the null semantic condition: no text, no class.
+
+        Args:
+            num_classes: Index of the null class.
+            keeps_mask: Whether the null text keeps the mask of the text; otherwise all its tokens count.
+        """
+        nan, mask = torch.nan, self.encoder_attention_mask
         return replace(
             self,
             encoder_hidden_states=_full(self.encoder_hidden_states, nan),
-            encoder_attention_mask=_full(self.encoder_attention_mask, True),
+            encoder_attention_mask=mask if keeps_mask else _full(mask, True),
             pooled_projections=_full(self.pooled_projections, nan),
             class_labels=_full(self.class_labels, num_classes),
         )
@@ -71,15 +76,18 @@ class Conditioning:
             return self
         return replace(self, control=null_control(len(self.control), self.control.device))
 
-    def dropped(self, semantic: torch.Tensor, control: torch.Tensor, num_classes: int | None) -> "Conditioning":
+    def dropped(
+        self, semantic: torch.Tensor, control: torch.Tensor, num_classes: int | None, keeps_mask: bool = False
+    ) -> "Conditioning":
         """Replace the conditions of some samples by their nulls, the semantic condition and the control separately.
 
         Args:
             semantic: (batch,) bool, True where text and class are dropped.
             control: (batch,) bool, True where the control is dropped.
             num_classes: Index of the null class.
+            keeps_mask: As in `without_semantic`.
         """
-        blank = self.without_semantic(num_classes).without_control()
+        blank = self.without_semantic(num_classes, keeps_mask).without_control()
 
         def pick(name: str) -> torch.Tensor | None:
             value, null = getattr(self, name), getattr(blank, name)

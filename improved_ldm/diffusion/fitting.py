@@ -12,9 +12,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from improved_ldm.diffusion.schedules import (
     flow_scheduler,
+    reads_variance,
     scaled_input,
     step_kwargs,
     variance_preserving_scheduler,
+    without_unread_variance,
 )
 
 FLOW = "flow_prediction"
@@ -48,13 +50,22 @@ def trained_objective(scheduler: SchedulerMixin) -> dict[str, Any] | None:
     }
 
 
-def check_scheduler(scheduler: SchedulerMixin, objective: dict[str, Any] | None):
+def check_scheduler(
+    scheduler: SchedulerMixin, objective: dict[str, Any] | None, predicts_variance: bool | None = None
+):
     """Raise a ValueError, which lists settings that fit, if a scheduler does not fit a denoiser.
 
     Args:
         scheduler: Scheduler to check.
         objective: Objective of the denoiser, from `trained_objective`; None uses the scheduler's own.
+        predicts_variance: Whether the denoiser predicts a variance; None if it is not known.
     """
+    if predicts_variance is False and reads_variance(scheduler):
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__} with `variance_type` "
+            f"{scheduler.config['variance_type']!r}, but the denoiser has no channels for a variance "
+            "(`out_channels` = 2 · `in_channels`). Use `variance_type='fixed_small'`."
+        )
     reason = _misfit(scheduler, objective or trained_objective(scheduler))
     if reason is not None:
         advice = "" if objective is None else f" {_advice(scheduler, objective)}"
@@ -65,12 +76,25 @@ def check_scheduler(scheduler: SchedulerMixin, objective: dict[str, Any] | None)
 
 def _misfit(scheduler: SchedulerMixin, objective: dict[str, Any] | None) -> str | None:
     found = trained_objective(scheduler)
-    return _difference(found, objective) or _probe(scheduler, found)
+    return _difference(found, objective) or _noise_at_the_end(scheduler) or _probe(scheduler, found)
+
+
+def _noise_at_the_end(scheduler: SchedulerMixin) -> str | None:
+    """The reason if the spacing of a scheduler makes it add noise of a learned variance in the last step."""
+    if not reads_variance(scheduler):
+        return None
+    probed = scheduler.from_config(scheduler.config)
+    probed.set_timesteps(PROBE_STEPS)
+    if probed.timesteps[-1] == 0:
+        return None
+    return f"its `timestep_spacing` {scheduler.config['timestep_spacing']!r} adds learned noise in the last step"
 
 
 def _advice(scheduler: SchedulerMixin, objective: dict[str, Any]) -> str:
     """Settings that fit, for the scheduler's class if possible, else for another class."""
     prediction, shift = objective["prediction_type"], objective.get("shift", 1.0)
+    if _noise_at_the_end(scheduler):
+        return "Use `timestep_spacing='linspace'`, which ends at timestep 0."
     own = flow_scheduler(shift) if prediction == FLOW else variance_preserving_scheduler(prediction)
     if _difference(trained_objective(own), objective) is not None:
         return "Use the scheduler that the model was saved with."
@@ -111,7 +135,7 @@ def _difference(found: dict[str, Any] | None, objective: dict[str, Any] | None) 
 
 def _probe(scheduler: SchedulerMixin, objective: dict[str, Any]) -> str | None:
     """The reason if the scheduler does not arrive at known latents with an exact prediction, else None."""
-    scheduler = scheduler.from_config(scheduler.config)
+    scheduler = without_unread_variance(scheduler.from_config(scheduler.config))
     generator = torch.Generator().manual_seed(0)
     latents = torch.linspace(-2.5, 2.5, 16).view(1, 4, 2, 2)
     try:
@@ -132,6 +156,8 @@ def _drawn(scheduler, objective, latents, generator) -> torch.Tensor:
     for timestep in scheduler.timesteps:
         model_input = scaled_input(scheduler, sample, timestep)
         prediction = _exact_prediction(scheduler, objective, latents, model_input, float(timestep))
+        if reads_variance(scheduler):
+            prediction = torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
         options = step_kwargs(scheduler, generator)
         sample = scheduler.step(prediction, timestep, sample, return_dict=False, **options)[0]
     return sample

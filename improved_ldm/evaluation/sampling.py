@@ -93,7 +93,7 @@ def check_settings(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, co
         raise ValueError(f"`control` has {', '.join(unknown)}; valid keys are {', '.join(sorted(CONTROL_INPUTS))}.")
     side = pipeline.default_size
     pipeline.make_controls(1, side, side, **control)
-    pipeline.read_scales(settings.guidance_scale, settings.control_guidance_scale, 0.0)
+    pipeline.read_guidance(settings.guidance_scale, settings.control_guidance_scale, 0.0, None)
     steps = read_schedule(settings.num_inference_steps, None, None, settings.num_inference_steps)
     pipeline.scheduled(**steps, latent_shape=pipeline.latent_shape(1, side, side), device=pipeline.device)
 

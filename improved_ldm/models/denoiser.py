@@ -99,6 +99,16 @@ class Denoiser(CheckedModel, FusingMixin, ModelMixin, ConfigMixin, CachingMixin,
         return self.trunk.inputs
 
     @property
+    def predicts_variance(self) -> bool:
+        """Whether the channels after those of the latents predict the variance of ancestral steps."""
+        return self.config.out_channels == 2 * self.config.in_channels
+
+    @property
+    def null_keeps_mask(self) -> bool:
+        """Whether the null prompt is attended to with the mask of the prompt, as in PixArt-α, or in whole."""
+        return self.config.conditioning == "published"
+
+    @property
     def patch_size(self) -> int:
         """Number that each side of the latents must be divisible by."""
         raise NotImplementedError
@@ -111,7 +121,9 @@ class Denoiser(CheckedModel, FusingMixin, ModelMixin, ConfigMixin, CachingMixin,
     def training_passes(
         self, hidden_states: torch.Tensor, level: float, uniform: Callable[[int], torch.Tensor]
     ) -> list[dict[str, Any]]:
-        """The forward passes of a training step, each as additional arguments of `forward`; the loss is their mean.
+        """The forward passes of a training step, each as additional arguments of `forward`; the loss is their sum.
+
+        Every pass has its own noise and its own dropped conditions.
 
         Args:
             hidden_states: (batch, channels, height, width) latents.

@@ -18,7 +18,6 @@ from improved_ldm.models.positions import PositionTransfer, RelativePositionBias
 from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
 MASK_RATIO_SPAN = 0.2  # the fraction of masked patches is random, from the mask ratio to this much more
-MASK_RATIO_STEPS = 8  # number of such fractions, so that a compiled model sees few sequence lengths
 
 
 class MDTBlock(DiTBlock):
@@ -147,11 +146,10 @@ class MDTDenoiser(PatchDenoiser):
     ) -> list[dict[str, Any]]:
         """One pass over the whole latents and one over a random part of their patches; see `Denoiser`.
 
-        Source: MDTv2; the steps of the mask ratio are our choice.
+        Source: MDTv2.
         """
         rows, columns = (side // self.patch_size for side in hidden_states.shape[-2:])
-        step = int(level * (MASK_RATIO_STEPS + 1))
-        ratio = self.config.mask_ratio + MASK_RATIO_SPAN * step / MASK_RATIO_STEPS
+        ratio = self.config.mask_ratio + MASK_RATIO_SPAN * level
         return [{}, {"mask_noise": uniform(rows * columns), "num_kept": int(rows * columns * (1 - ratio))}]
 
     @staticmethod

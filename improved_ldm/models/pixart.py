@@ -125,6 +125,7 @@ class PixArtDenoiser(PatchDenoiser):
             embeds_class=False,
             added_embedding=SizeEmbedding(hidden_size) if form.size_conditions else None,
             num_null_tokens=form.num_null_tokens,
+            random_null_text=True,
         )
         self.modulation = Modulation(hidden_size, 6)
         self.patch_embedding = PatchEmbedding(in_channels, hidden_size, patch_size)

@@ -38,6 +38,7 @@ class TrunkSpec:
         downscale_freq_shift: Frequency shift of these features; 0 in all published models except diffusers' DiT, which
             has 1.
         num_null_tokens: Tokens of the null text: 1 for all positions, or one per position.
+        random_null_text: Whether a null text that is not learned starts with random numbers instead of zeros.
     """
 
     dim: int
@@ -46,6 +47,7 @@ class TrunkSpec:
     timestep_features: int = TIMESTEP_FEATURES
     downscale_freq_shift: float = 0.0
     num_null_tokens: int = 1
+    random_null_text: bool = False
 
 
 class ConditioningTrunk(nn.Module):
@@ -83,6 +85,8 @@ class ConditioningTrunk(nn.Module):
         if self.learns_null_text:
             self.null_text = None if null_text is None else nn.Parameter(null_text)
         else:
+            if has_text and spec.random_null_text:
+                null_text.normal_(std=text_dim**-0.5)
             self.register_buffer("null_text", null_text)
 
     @property

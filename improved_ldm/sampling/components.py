@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import text_positions
 from improved_ldm.diffusion.fitting import trained_objective
 
@@ -32,6 +33,7 @@ DEFAULTS = {
     "class_names": None,
     "lineage": None,
     "objective": None,
+    "guidance_options": None,
 }
 
 
@@ -71,6 +73,7 @@ def sampling_settings(
     before = getattr(denoiser, ATTRIBUTE, {})
     settings = {**DEFAULTS, **before}
     settings |= {name: value for name, value in given.items() if value is not AS_BEFORE}
+    GuidanceOptions.read(settings["guidance_options"])
     check_objective(settings["objective"], before.get("objective"))
     if settings["objective"] is None and scheduler is not None:
         settings["objective"] = trained_objective(scheduler)

@@ -11,7 +11,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from improved_ldm.conditioning.guidance import GuidedConditions
 from improved_ldm.conditioning.values import shown
 from improved_ldm.diffusion.fitting import check_scheduler, is_flow
-from improved_ldm.diffusion.schedules import NUM_TRAIN_TIMESTEPS, scaled_input, step_kwargs
+from improved_ldm.diffusion.schedules import (
+    NUM_TRAIN_TIMESTEPS,
+    reads_variance,
+    scaled_input,
+    step_kwargs,
+    without_unread_variance,
+)
 from improved_ldm.sampling.arguments import Generators
 from improved_ldm.sampling.callbacks import StepEnd
 
@@ -30,7 +36,7 @@ class DenoisingMixin:
         if not isinstance(self.scheduler, SchedulerMixin):
             raise TypeError(f"`scheduler` is {shown(self.scheduler)}; it must be a scheduler of diffusers.")
         if self.scheduler.config is not self._fitting_config:
-            check_scheduler(self.scheduler, self.config.objective)
+            check_scheduler(self.scheduler, self.config.objective, self.denoiser.predicts_variance)
             self._fitting_config = self.scheduler.config
 
     def scheduled(
@@ -58,7 +64,7 @@ class DenoisingMixin:
         """
         steps = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         ((name, value),) = ((name, value) for name, value in steps.items() if value is not None)
-        scheduler, kind = copy.deepcopy(self.scheduler), type(self.scheduler).__name__
+        scheduler, kind = without_unread_variance(copy.deepcopy(self.scheduler)), type(self.scheduler).__name__
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"`{name}` is given, but {kind} takes none; give `num_inference_steps`.")
         kwargs = {}
@@ -73,6 +79,17 @@ class DenoisingMixin:
         most |= {"sigmas": 1} if is_flow(scheduler) else {}
         if name in most and max(value if isinstance(value, list) else [value]) > most[name]:
             raise ValueError(f"`{name}` is {shown(value)}; the model was trained up to {most[name]}.")
+        if reads_variance(scheduler) and scheduler.timesteps[-1] != 0:
+            raise ValueError(
+                f"`{name}` is {shown(value)}; with a learned variance the last timestep must be 0, because the {kind} "
+                f"adds noise at every other one, but it is {scheduler.timesteps[-1].item()}."
+            )
+        if len(scheduler.timesteps) == 1 and not is_flow(scheduler) and scheduler.timesteps[0] <= 1:
+            spacing = scheduler.config.get("timestep_spacing")
+            raise ValueError(
+                f"`{name}` is {shown(value)}; with one step and the spacing {spacing!r} the {kind} starts at timestep "
+                f"{scheduler.timesteps[0].item()}, which has no noise. Take more steps, or the spacing 'trailing'."
+            )
         return scheduler
 
     def denoise(
@@ -89,7 +106,7 @@ class DenoisingMixin:
             NonFiniteLatentsError: If they become NaN or infinite.
         """
         timesteps = scheduler.timesteps
-        self.denoiser.start_caching(len(guided.terms))
+        self.denoiser.start_caching(len(guided.terms_at(timesteps[0])))
         self._guidance_scale, self._guidance_rescale = guided.guidance_scale, guided.guidance_rescale
         self._num_timesteps, self._interrupt = len(timesteps), False
         options = step_kwargs(scheduler, generator)
@@ -113,12 +130,18 @@ class DenoisingMixin:
     def guided_prediction(
         self, scheduler: SchedulerMixin, latents: torch.Tensor, timestep: torch.Tensor, guided: GuidedConditions
     ) -> torch.Tensor:
-        """The guided prediction (batch, latent_channels, height, width) of one step, all terms in one evaluation."""
-        inputs = scaled_input(scheduler, torch.cat([latents] * len(guided.terms)), timestep)
-        with self.denoiser.guidance_context(len(guided.terms)):
-            prediction = self.denoiser(inputs, timestep, **guided.batch.kwargs(), return_dict=False)[0]
-        prediction = prediction[:, : latents.shape[1]]  # a learned variance, if there is one, is not used
-        return guided.combine(prediction)
+        """The guided prediction of one step, all terms in one evaluation.
+
+        Returns:
+            (batch, latent_channels, height, width), or twice as many channels if the scheduler reads a variance.
+        """
+        terms, num_channels = guided.terms_at(timestep), latents.shape[1]
+        inputs = scaled_input(scheduler, torch.cat([latents] * len(terms)), timestep)
+        with self.denoiser.guidance_context(len(terms)):
+            prediction = self.denoiser(inputs, timestep, **guided.batch(terms).kwargs(), return_dict=False)[0]
+        if not reads_variance(scheduler):
+            prediction = prediction[:, :num_channels]
+        return guided.combine(prediction, terms, num_channels)
 
     def check_finite(self, finite: torch.Tensor, num_steps: int):
         """Raise a NonFiniteLatentsError that names the step if latents are NaN or infinite; syncs the device once.

@@ -287,7 +287,7 @@ class PromptMixin:
         else:
             positive = self._condition(semantics.positive, num_images_per_prompt, generator)
         if semantics.negative is None:
-            return positive, positive.without_semantic(self.denoiser.config.num_classes)
+            return positive, positive.without_semantic(self.denoiser.config.num_classes, self.denoiser.null_keeps_mask)
         return positive, self._condition(semantics.negative, num_images_per_prompt, generator)
 
 

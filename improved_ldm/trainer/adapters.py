@@ -7,6 +7,7 @@ import peft
 from torch import nn
 from transformers import PreTrainedModel
 
+from improved_ldm.diffusion.fitting import is_flow
 from improved_ldm.diffusion.objectives import Objective, Prediction, make_objective
 from improved_ldm.models.adapters import ADAPTABLE, add_text_adapter, attention_projections
 from improved_ldm.models.denoiser import Denoiser
@@ -14,6 +15,12 @@ from improved_ldm.naming import loading
 from improved_ldm.open_pipeline import open_pipeline
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.trainer.config import AdapterRunConfig, LoraConfig
+
+# section and key of the settings that only the scheduler of a base has
+SCHEDULER_KEYS = (
+    *(("objective", key) for key in ("beta_schedule", "beta_start", "beta_end")),
+    *(("sampling", key) for key in ("sampler", "timestep_spacing")),
+)
 
 
 def load_base(source: str) -> ImprovedLDMPipeline:
@@ -70,9 +77,12 @@ def fill_from_base(config: AdapterRunConfig, pipeline: ImprovedLDMPipeline) -> A
         ValueError: if the configuration gives one of them another value.
     """
     schedule, settings = pipeline.scheduler.config, pipeline.config
-    prediction = schedule.get("prediction_type", "flow")
+    prediction = "flow" if is_flow(pipeline.scheduler) else schedule.get("prediction_type")
     if prediction not in get_args(Prediction):
         raise ValueError(f"the base's scheduler is for the prediction {prediction!r}, which no objective has.")
+    for section, key in SCHEDULER_KEYS:
+        if key in getattr(config, section).model_fields_set:
+            raise ValueError(f"`{section}.{key}` is given, but the base's scheduler decides it.")
     decided = {
         "data": {"num_classes": None if pipeline.takes_text else pipeline.denoiser.config.num_classes},
         "transform": {"resolution": pipeline.default_size},
@@ -82,10 +92,15 @@ def fill_from_base(config: AdapterRunConfig, pipeline: ImprovedLDMPipeline) -> A
             "padding": settings.text_padding,
             "noise_scale": settings.text_noise_scale,
         },
-        "objective": {"prediction": prediction, "shift": schedule.get("shift", 1.0)},
+        "objective": {
+            "prediction": prediction,
+            "shift": schedule.get("flow_shift" if schedule.get("use_flow_sigmas") else "shift", 1.0),
+            "learned_variance": pipeline.denoiser.predicts_variance,
+        },
         "sampling": {
             "guidance_scale": settings.default_guidance_scale,
             "num_inference_steps": settings.default_num_inference_steps,
+            "guidance_options": settings.guidance_options or {},
         },
     }
     if pipeline.takes_text:

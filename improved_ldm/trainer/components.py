@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import logging
 from pathlib import Path
 
 from diffusers import AutoModel
@@ -28,6 +29,8 @@ from improved_ldm.models.family import check_options, denoiser_class, make_denoi
 from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
+
+logger = logging.getLogger(__name__)
 
 # model type → class of the text tower alone
 TEXT_TOWERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
@@ -91,11 +94,13 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
     factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
     if config.denoiser.pretrained is not None:
         side = config.transform.resolution // factor
-        return _load_denoiser(config.denoiser, sample_size=side, in_channels=latent_channels, **conditions)
+        denoiser = _load_denoiser(config.denoiser, sample_size=side, in_channels=latent_channels, **conditions)
+        _check_variance(config, denoiser)
+        return denoiser
     arguments = {
         "sample_size": config.transform.resolution // factor,
         "in_channels": latent_channels,
-        "out_channels": latent_channels,
+        "out_channels": latent_channels * (2 if config.objective.learned_variance else 1),
         "conditioning": config.denoiser.conditioning,
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,
@@ -110,6 +115,21 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
     denoiser = make_denoiser(config.denoiser.name, config.denoiser.size, **arguments, **options)
     check_resolution(config, factor * denoiser.patch_size)
     return denoiser
+
+
+def _check_variance(config: RunConfig, denoiser: Denoiser):
+    """Raise a ValueError if a pretrained denoiser has no channels for the variance that it is to learn."""
+    if config.objective.learned_variance and not denoiser.predicts_variance:
+        raise ValueError(
+            f"`objective.learned_variance` is true, but the denoiser in {config.denoiser.pretrained} has "
+            f"{denoiser.config.out_channels} output channels; a variance needs {2 * denoiser.config.in_channels}."
+        )
+    if denoiser.predicts_variance and not config.objective.learned_variance:
+        logger.warning(
+            "The denoiser in %s predicts a variance, which this run does not train: `objective.learned_variance` is "
+            "false.",
+            config.denoiser.pretrained,
+        )
 
 
 def check_resolution(config: RunConfig, multiple: int, what: str = "`transform.resolution`"):

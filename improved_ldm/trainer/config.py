@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 
 from improved_ldm.bounds import SHAREABLE, BatchSize, Count, Pixels, Place, Positive, Seed, Text, Width
 from improved_ldm.data.transforms import CropPolicy
+from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
 from improved_ldm.models.positions import PositionTransfer
+from improved_ldm.naming import naming_keys
 from improved_ldm.settings import Section
 from improved_ldm.trainer.sections import (
     AutoencoderConfig,
@@ -189,6 +191,13 @@ class RunConfig(SharedConfig):
                 "file of the whole run, or start from that stage's weights with `--denoiser.pretrained`."
             )
         return {key: value for key, value in values.items() if key != "after"}
+
+    @model_validator(mode="after")
+    def _samples_its_objective(self):
+        objective, sampling = make_objective(**self.objective.model_dump()), self.sampling
+        with naming_keys(sampler="sampling.sampler", timestep_spacing="sampling.timestep_spacing"):
+            objective.sampling_scheduler(sampling.sampler, sampling.timestep_spacing)
+        return self
 
     def check_given(self, typed: Collection[str], filed: Collection[str]):
         super().check_given(typed, filed)

@@ -219,27 +219,23 @@ def batch_loss(
     training: TrainingConfig,
     text: TextConfig,
 ) -> torch.Tensor:
-    """The loss of one micro-batch, a scalar."""
+    """The loss of one micro-batch, a scalar: the sum over the passes of the denoiser."""
     inner = accelerator.unwrap_model(denoiser)
     timestep = objective.timestep_quantile(images.timestep_fractions())
-    dropped = images.dropped(training.semantic_dropout, training.control_dropout)
-    noise = images.noise(batch.latents.shape[1:])
     conditions = batch_conditions(batch, text, images).only(inner.inputs)
     missing = inner.inputs - {name for name, value in conditions.kwargs().items() if value is not None}
     if missing - {"encoder_attention_mask"}:  # None if every token counts
         raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
-    given = _without_unknown(conditions)
-    conditions = conditions.dropped(*dropped, inner.config.num_classes)
-    noisy = objective.add_noise(batch.latents, noise, timestep)
-    target = objective.target(batch.latents, noise, timestep)
-    passes = inner.training_passes(noisy, images.mask_level, images.mask_uniform)
+    dropout, null = (training.semantic_dropout, training.control_dropout), (inner.config.num_classes,)
     loss = 0.0
-    for further in passes:
+    for number, further in enumerate(inner.training_passes(batch.latents, images.mask_level, images.mask_uniform)):
+        noise = images.noise(batch.latents.shape[1:], number)
+        noisy = objective.add_noise(batch.latents, noise, timestep)
+        seen = conditions.dropped(*images.dropped(*dropout, number), *null, inner.null_keeps_mask)
         with accelerator.autocast():
-            prediction = denoiser(noisy, timestep, **conditions.kwargs(), **further, return_dict=False)[0]
-        prediction = prediction[:, : noisy.shape[1]]  # a learned variance, if there is one, is not trained
-        loss = loss + objective_loss(objective, prediction, target, timestep) / len(passes)
-    return pass_nonfinite_to_gradient(loss, *given)
+            prediction = denoiser(noisy, timestep, **seen.kwargs(), **further, return_dict=False)[0]
+        loss = loss + objective_loss(objective, prediction, batch.latents, noise, timestep)
+    return pass_nonfinite_to_gradient(loss, *_without_unknown(conditions))
 
 
 def _without_unknown(conditions: Conditioning) -> list[torch.Tensor | None]:

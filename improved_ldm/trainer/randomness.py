@@ -10,8 +10,10 @@ import torch
 
 from improved_ldm.seeds import derive_seed, derive_seeds, normal, uniform
 
-# Every purpose reads its own part of an image's sequence of numbers; each part is shorter than 2**40.
+# Every purpose reads its own part of an image's sequence of numbers, 2**40 long; a pass of the denoiser its own part
+# of that, 2**36 long.
 TIMESTEP, DROPOUT, NOISE, TEXT_NOISE, MASK = (number << 40 for number in range(5))
+PASS = 1 << 36
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ class ImageRandomness:
         """(batch,) uniform numbers in (0, 1), for the timesteps."""
         return uniform(self.seeds, (1,), TIMESTEP)[:, 0]
 
-    def dropped(self, semantic_dropout: float, control_dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which images lose their semantic condition and which their control, each (batch,) bool."""
-        semantic, control = uniform(self.seeds, (2,), DROPOUT).unbind(1)
+    def dropped(
+        self, semantic_dropout: float, control_dropout: float, number: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which images lose their semantic condition and which their control in a pass, each (batch,) bool."""
+        semantic, control = uniform(self.seeds, (2,), DROPOUT + number * PASS).unbind(1)
         return semantic < semantic_dropout, control < control_dropout
 
-    def noise(self, shape: Sequence[int]) -> torch.Tensor:
-        """(batch, *shape) standard normal, added to the latents."""
-        return normal(self.seeds, shape, NOISE)
+    def noise(self, shape: Sequence[int], number: int = 0) -> torch.Tensor:
+        """(batch, *shape) standard normal, added to the latents in a pass."""
+        return normal(self.seeds, shape, NOISE + number * PASS)
 
     def text_noise(self, shape: Sequence[int]) -> torch.Tensor:
         """(batch, *shape) standard normal, added to the repeated text tokens."""

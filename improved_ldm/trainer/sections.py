@@ -29,9 +29,11 @@ from improved_ldm.bounds import (
 )
 from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
 from improved_ldm.conditioning.control_embedding import ControlWeight
+from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import TextPadding
 from improved_ldm.data.transforms import CropPolicy, CropPosition
-from improved_ldm.diffusion.objectives import LossWeighting, Prediction
+from improved_ldm.diffusion.objectives import LossWeighting, Prediction, make_objective
+from improved_ldm.diffusion.schedules import BetaSchedule, SamplerName, TimestepSpacing
 from improved_ldm.models.family import check_options, denoiser_class, preset
 from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 from improved_ldm.places import check_repository_name
@@ -169,13 +171,26 @@ class ObjectiveConfig(Section):
     prediction: Prediction = "epsilon"
     """What the denoiser predicts."""
     loss_weighting: LossWeighting = "uniform"
-    """Weight of the loss over the timesteps."""
+    """Weight of the squared error over the timesteps."""
+    beta_schedule: BetaSchedule = "scaled_linear"
+    """Noise schedule of `epsilon` and `v_prediction`."""
+    beta_start: Share | None = None
+    """First β; default: 0.00085 of `scaled_linear`, 0.0001 of `linear`; `cosine` has none."""
+    beta_end: Share | None = None
+    """Last β; default: 0.012 of `scaled_linear`, 0.02 of `linear`; `cosine` has none."""
+    learned_variance: bool = False
+    """Also predict the variance of ancestral steps, in as many further channels, trained by the variational bound."""
     shift: Positive = 1.0
     """Shift of the noise schedule towards more noise; above 1 for high resolutions."""
     logit_mean: Number = 0.0
     """Mean of logit(t) if timesteps have a logit-normal distribution."""
     logit_std: Positive = 1.0
     """Standard deviation of logit(t) if timesteps have a logit-normal distribution."""
+
+    @model_validator(mode="after")
+    def _makes_an_objective(self):
+        make_objective(**self.model_dump())
+        return self
 
 
 class OptimizerConfig(Section):
@@ -296,6 +311,18 @@ class SamplingConfig(Section):
     """λ, guidance scale."""
     num_inference_steps: SamplerSteps = 50
     """Sampler steps per image."""
+    sampler: SamplerName | None = None
+    """Scheduler of the pipeline; default: `ddpm` with a learned variance, `euler` for a flow, else `ddim`."""
+    timestep_spacing: TimestepSpacing | None = None
+    """Spacing of the sampler's timesteps; default: `trailing` for `ddim`, else `linspace`."""
+    guidance_options: dict[str, Any] = Field({})
+    """Where and when guidance acts: `channels`, `schedule`, `power` and `interval` of `GuidanceOptions`."""
+
+    @field_validator("guidance_options")
+    @classmethod
+    def _are_guidance_options(cls, options: dict[str, Any]):
+        GuidanceOptions.read(options)
+        return options
 
 
 class HubConfig(Section):

@@ -46,11 +46,12 @@ def train_stages(config: RunConfig, semantic_type: type[Semantic]):
         look = looks[stage.number]
         pipeline = ImprovedLDMPipeline(
             vae,
-            start.objective.sampling_scheduler(),
+            start.objective.sampling_scheduler(config.sampling.sampler, config.sampling.timestep_spacing),
             **semantic.pipeline_parts(encoder),
             default_original_size=look.original_side,
             default_guidance_scale=stage.config.sampling.guidance_scale,
             default_num_inference_steps=config.sampling.num_inference_steps,
+            guidance_options=config.sampling.guidance_options or None,
             lineage=list(stage.lineage) or None,
         )
         push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours

@@ -8,6 +8,7 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from improved_ldm.diffusion.fitting import check_scheduler, trained_objective
+from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.diffusion.schedules import flow_scheduler, rescale_scheduler, variance_preserving_scheduler
 
 OWN = {
@@ -52,6 +53,12 @@ ALL = others()
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
 def test_a_scheduler_made_from_the_models_own_fits(name, prediction):
     check_scheduler(scheduler_class(name).from_config(OWN[prediction].config), OBJECTIVES[prediction])
+
+
+@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+def test_a_scheduler_made_from_one_with_a_learned_variance_fits(name):
+    own = make_objective("epsilon", beta_schedule="linear", learned_variance=True).sampling_scheduler()
+    check_scheduler(scheduler_class(name).from_config(own.config), trained_objective(own), predicts_variance=True)
 
 
 @pytest.mark.parametrize("name", FLOW)

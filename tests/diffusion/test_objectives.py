@@ -163,25 +163,25 @@ def test_min_snr_weights_are_their_formulas():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_loss_is_zero_at_the_target_and_the_mean_square_elsewhere(prediction):
-    objective = make_objective(prediction)
-    target, _ = latents_and_noise()
+    objective, pair = make_objective(prediction), latents_and_noise()
     timestep = objective.timestep_quantile(fractions(4, 0))
-    assert objective_loss(objective, target, target, timestep) == 0
-    assert_close(objective_loss(objective, target + 2, target, timestep), torch.tensor(4.0))
+    target = objective.target(*pair, timestep)
+    assert objective_loss(objective, target, *pair, timestep) == 0
+    assert_close(objective_loss(objective, target + 2, *pair, timestep), torch.tensor(4.0))
 
 
 def test_loss_weighs_each_sample():
     objective = make_objective("epsilon", "min_snr")
-    target, _ = latents_and_noise()
+    latents, noise = latents_and_noise()
     timestep = torch.tensor([0, 300, 600, 999])
     error = torch.tensor([1.0, 2, 3, 4])
-    loss = objective_loss(objective, target + error.view(4, 1, 1, 1), target, timestep)
+    loss = objective_loss(objective, noise + error.view(4, 1, 1, 1), latents, noise, timestep)
     assert_close(loss, (objective.loss_weight(timestep) * error**2).mean())
 
 
 def test_loss_is_float32_for_half_predictions():
-    target, _ = latents_and_noise()
-    loss = objective_loss(make_objective("epsilon"), (target + 1).half(), target.half(), torch.zeros(4).long())
+    latents, noise = latents_and_noise()
+    loss = objective_loss(make_objective("epsilon"), (noise + 1).half(), latents, noise.half(), torch.zeros(4).long())
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 

@@ -13,7 +13,7 @@ from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import DENOISERS
 from improved_ldm.trainer.config import OptimizerConfig, RunConfig
-from improved_ldm.trainer.loop import batch_loss
+from improved_ldm.trainer.loop import batch_conditions, batch_loss
 from improved_ldm.trainer.optimizer import learning_rate_at
 from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 
@@ -57,21 +57,24 @@ def test_two_micro_batches_of_16_give_the_gradient_of_one_of_32(tiny_denoiser, n
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_a_masked_pass_is_half_of_the_loss(tiny_denoiser):
-    denoiser = tiny_denoiser("mdt", sample_size=8, text_dim=16)
-    both = gradients(denoiser, 1, "flow")
-    assert both["mask_token"].abs().max() > 0
+def test_the_loss_of_an_mdt_is_the_sum_of_a_plain_and_a_masked_pass_with_their_own_noise(tiny_denoiser):
+    denoiser, batch = tiny_denoiser("mdt", sample_size=8, text_dim=16), encoded_batch(8)
+    config = RunConfig(training={"semantic_dropout": 0.5, "control_dropout": 0.5}, text={"noise_scale": 0.1})
+    objective, images = make_objective("epsilon"), StepRandomness(1, 5, 8).images(0)
+    found = batch_loss(Accelerator(cpu=True), denoiser, objective, batch, images, config.training, config.text)
 
-    def only(number):
-        one = tiny_denoiser("mdt", sample_size=8, text_dim=16)
-        draw = one.training_passes
-        one.training_passes = lambda *args: draw(*args)[number : number + 1]
-        return gradients(one, 1, "flow")
-
-    plain, masked = only(0), only(1)
-    assert plain["mask_token"].abs().max() == 0
-    mean = {name: (plain[name] + masked[name]) / 2 for name in both}
-    torch.testing.assert_close(both, mean, rtol=1e-4, atol=1e-6)
+    timestep = objective.timestep_quantile(images.timestep_fractions())
+    conditions = batch_conditions(batch, config.text, images).only(denoiser.inputs)
+    masked = {"mask_noise": images.mask_uniform(16), "num_kept": int(16 * (1 - 0.3 - 0.2 * images.mask_level))}
+    expected = 0.0
+    for number, further in enumerate(({}, masked)):
+        noise, dropped = images.noise((4, 8, 8), number), images.dropped(0.5, 0.5, number)
+        seen = conditions.dropped(*dropped, None).kwargs()
+        prediction = denoiser(objective.add_noise(batch.latents, noise, timestep), timestep, **seen, **further).sample
+        expected = expected + (prediction - noise).square().mean()
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(images.noise((4, 8, 8), 0), images.noise((4, 8, 8), 1))
+    assert not torch.equal(torch.stack(images.dropped(0.5, 0.5, 0)), torch.stack(images.dropped(0.5, 0.5, 1)))
 
 
 def numbers_of(images: ImageRandomness) -> list[torch.Tensor]:

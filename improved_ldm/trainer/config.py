@@ -1,6 +1,7 @@
 """The configuration of a training run; `trainer.sections` has its parts, `settings` reads it."""
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +68,12 @@ def check_trackers(names: Collection[str]):
             raise ValueError(f"`training.trackers` has {name!r}, which is not installed: pip install {name}")
 
 
+def check_adan():
+    """Raise a ValueError if timm, which has Adan, is not installed."""
+    if find_spec("timm") is None:
+        raise ValueError("`optimizer.name` is adan, which needs timm: pip install timm")
+
+
 class SharedConfig(Section):
     """Settings of every training run."""
 
@@ -86,9 +93,21 @@ class SharedConfig(Section):
     evaluation: ObedienceConfig = ObedienceConfig()
     hub: HubConfig = HubConfig()
 
+    @model_validator(mode="after")
+    def _updates_its_average(self):
+        """Refuse a run whose average would stay at the initial weights."""
+        if self.optimizer.ema_every > self.training.steps:
+            every, steps = self.optimizer.ema_every, self.training.steps
+            raise ValueError(
+                f"`optimizer.ema_every` is {every}; it must be at most `training.steps`, which is {steps}."
+            )
+        return self
+
     def check_given(self, typed: Collection[str], filed: Collection[str]):
         if "training.trackers" in {*typed, *filed}:
             check_trackers(self.training.trackers)
+        if self.optimizer.name == "adan":
+            check_adan()
 
     def file_values(self) -> dict[str, Any]:
         """The keys and values to save next to the weights, without local folders, because they may be published."""

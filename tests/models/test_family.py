@@ -136,6 +136,13 @@ def test_unet_has_every_parameter_of_stable_diffusion_xl():
     assert count(model) == 2_567_463_684
 
 
+def test_ldm_4_has_every_parameter_of_the_official_unet():
+    # 400,920,579: `UNetModel` of CompVis/latent-diffusion at a506df5 with the values of `cin256-v2.yaml`, counted
+    config = {"num_classes": 1000, "in_channels": 3, "out_channels": 3, "published": {"size_features": 0}}
+    model = on_meta(make_denoiser, "unet", "LDM-4/2", conditioning="published", **config)
+    assert count(model) - 1001 * 512 == 400_920_579  # its class embedding is another module
+
+
 @pytest.mark.parametrize("size", DIT_PARAMETERS)
 @pytest.mark.parametrize("name", ["unet", "mmdit"])
 def test_sizes_of_our_choice_are_about_as_large_as_dit(name, size):
@@ -160,7 +167,7 @@ def test_every_size_is_a_config(name, patch_size):
         assert json.loads(json.dumps(values)).keys() == values.keys()
         if name == "unet":
             assert 2 ** values["down_block_types"].index("CrossAttnDownBlock2D") == patch_size
-            assert len({len(levels) for levels in values.values()}) == 1
+            assert len({len(levels) for levels in values.values() if isinstance(levels, tuple)}) == 1
             assert not any(channels % 32 for channels in values["block_out_channels"])
         else:
             assert values["patch_size"] == patch_size

@@ -95,8 +95,13 @@ def test_what_is_read_and_what_is_skipped_is_said(arguments, images, tmp_path, c
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache.passes": 1}, {"cache.passes": 0}, {"denoiser.name": "mdt"}],  # mDT also uses random masks
-    ids=["cached", "streamed", "mdt"],
+    [
+        {"cache.passes": 1},
+        {"cache.passes": 0},
+        {"denoiser.name": "mdt"},  # mDT also uses random masks
+        {"optimizer.name": "adan", "optimizer.ema_every": 2, "optimizer.ema_warmup": True},
+    ],
+    ids=["cached", "streamed", "mdt", "adan"],
 )
 def test_a_run_in_two_parts_is_the_same_run(arguments, tmp_path, options):
     script = load_script("train_t2i")

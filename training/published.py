@@ -17,16 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-import evaluate
 import torch
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
-from pydantic import Field
+from pydantic import Field, field_validator
 
+import evaluate
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.bounds import LocalPath, Place, Text
 from improved_ldm.convert import from_published
 from improved_ldm.convert.files import read_checkpoint
+from improved_ldm.convert.sources import SOURCES
 from improved_ldm.evaluation.request import EvaluateConfig, complete
 from improved_ldm.exits import exit_on_error
 from improved_ldm.models.cost import multiply_adds
@@ -62,6 +63,13 @@ class Published(Section):
     """Published scores, by the names of `training/evaluate.py`."""
     origin: str
     """Where the numbers are published."""
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_source(cls, source: str):
+        if source not in SOURCES:
+            raise ValueError(f"it must be one of {', '.join(SOURCES)}")
+        return source
 
     def run_config(self, autoencoder: str | None) -> RunConfig:
         """The recipe with the changes of this entry."""
@@ -230,7 +238,7 @@ def main(config: PublishedConfig):
     folder = config.output_dir or Path("runs/published") / name.replace("/", "-")
     if config.reference_statistics is None:
         raise ValueError(
-            "`reference_statistics` is not given; it must be the file VIRTUAL_imagenet256_labeled.npz of the ADM suite "
+            "`reference_statistics` is not given; it must be VIRTUAL_imagenet256_labeled.npz of the ADM suite "
             "(openai/guided-diffusion, evaluations), or statistics that `training/evaluate.py` wrote."
         )
     if not config.reference_statistics.is_file():
@@ -248,5 +256,5 @@ def main(config: PublishedConfig):
 
 if __name__ == "__main__":
     with exit_on_error("not measured", "batch_size"):
-        arguments = [f"--model={sys.argv[1]}", *sys.argv[2:]] if sys.argv[1:] and sys.argv[1][0] != "-" else sys.argv[1:]
-        main(parse_config_or_exit(PublishedConfig, arguments))
+        named = [f"--model={sys.argv[1]}"] if sys.argv[1:] and not sys.argv[1].startswith("-") else []
+        main(parse_config_or_exit(PublishedConfig, [*named, *sys.argv[1 + len(named) :]]))

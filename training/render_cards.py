@@ -19,6 +19,7 @@ from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.hub.card import render_card
 from improved_ldm.models.cost import multiply_adds
+from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.settings import parse_config
 from improved_ldm.trainer.components import build_denoiser, build_objective
 from improved_ldm.trainer.config import RunConfig

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from improved_ldm.models.cost import multiply_adds
 from improved_ldm.models.family import DENOISERS, PATCH_SIZES, SIZES, denoiser_class, make_denoiser, preset
 from improved_ldm.models.mmdit import MMDiTDenoiser
 from improved_ldm.models.unet import UNetDenoiser

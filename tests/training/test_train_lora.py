@@ -10,6 +10,7 @@ import time
 import datasets
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 

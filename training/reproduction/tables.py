@@ -95,8 +95,8 @@ class Table(Section):
         overrides, file = {**self.base, **self.settings[setting]}, HERE / f"{scale}.yaml"
         if RECIPE in overrides:
             overrides, file = {**_at_size(scale), **overrides}, RECIPES / f"{overrides[RECIPE]}.yaml"
-        given = {key: value for key, value in overrides.items() if "." in key and not key.startswith(CALL)}
-        arguments = [f"--{key}={json.dumps(value)}" for key, value in given.items()]
+        given = [key for key in overrides if key not in (RECIPE, TRAINER) and not key.startswith(CALL)]
+        arguments = [f"--{key}={json.dumps(overrides[key])}" for key in given]
         return parse_config(RunConfig, [*arguments, *further], file)
 
     def trainer_of(self, setting: str) -> Trainer:

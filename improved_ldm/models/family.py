@@ -31,7 +31,7 @@ DECIDED = frozenset(
     )
 )
 MAX_LAYERS, MAX_COUNT, MAX_LIST = 1000, 2**16, 100  # of options
-INDICES = {"dual_attention_layers"}  # options that hold layer indices, from 0; other integers are counts
+FROM_ZERO = {"dual_attention_layers", "size_features"}  # options whose numbers may be 0; others count from 1
 
 # Every `tiny` is our choice, as are the sizes with a comment: millions of parameters with patches of 2 and text of
 # 768 channels. The published DiT has 33, 130, 458 and 675.
@@ -185,10 +185,10 @@ def _checked(options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"`{option}` is {str(value).lower()}; it must be a number")
         most = MAX_LAYERS if "layers" in option else MAX_COUNT
         numbers = [part for part in _parts(checked[option]) if isinstance(part, int | float) and part is not False]
-        least = 1 if option not in INDICES and all(isinstance(number, int) for number in numbers) else 0
+        least = 1 if option not in FROM_ZERO and all(isinstance(number, int) for number in numbers) else 0
         if not all(math.isfinite(number) and least <= number <= most for number in numbers):
             raise ValueError(f"`{option}` is {str(value)[:40]}; a number in it must be from {least} to {most}")
-        if checked[option] == () and option not in INDICES:
+        if checked[option] == () and option not in FROM_ZERO:
             raise ValueError(f"`{option}` is {str(value)[:40]}; a list in it has at least one value")
         if len(_parts(checked[option])) > MAX_LIST:
             raise ValueError(f"`{option}` is {str(value)[:40]} …; a list in it has at most {MAX_LIST} values")

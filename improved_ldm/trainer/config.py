@@ -15,6 +15,7 @@ from improved_ldm.evaluation.obedience_config import ObedienceConfig
 from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_keys
 from improved_ldm.settings import Section
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.sections import (
     AutoencoderConfig,
     CacheConfig,
@@ -22,7 +23,6 @@ from improved_ldm.trainer.sections import (
     DenoiserConfig,
     HubConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     SamplingConfig,
     TextConfig,
     TrainingConfig,

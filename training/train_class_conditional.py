@@ -1,4 +1,4 @@
-"""Train a class-conditional model.
+"""Train a class-conditional model; stages of the run may change the kind of condition.
 
 Usage: accelerate launch training/train_class_conditional.py [--config FILE] [--section.key value …]
 

@@ -1,4 +1,4 @@
-"""Train a text-to-image model.
+"""Train a text-to-image model; stages of the run may change the kind of condition.
 
 Usage: accelerate launch training/train_t2i.py [--config FILE] [--section.key value …]
 

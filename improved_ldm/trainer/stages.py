@@ -308,7 +308,7 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start
     folder = _end_of(Path(stage.previous.output_dir) / "checkpoints")
 
     def read(name: str) -> Denoiser:
-        model = denoiser.remade()
+        model = denoiser.remade().to("cpu")  # where a resumed run starts the stage, too
         model.load_state_dict(read_weights(folder / name))
         return model
 

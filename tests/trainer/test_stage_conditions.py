@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from improved_ldm.models.family import DENOISERS
 from improved_ldm.places import resolve
 from improved_ldm.settings import parse_config
 from improved_ldm.trainer import loop, train_stages
@@ -205,6 +206,20 @@ def test_text_gives_way_to_classes_in_the_published_mode(arguments, tmp_path):
     assert (first.takes_text, second.takes_text) == (True, False)
     assert second.config.class_names is not None and second.tokenizer is None
     assert second.config.lineage[0]["conditions"] == ["text of embedded:clip", "10 classes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disentangled", "published"])
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_denoiser_goes_from_classes_to_text(arguments, tmp_path, name, mode):
+    settings = {
+        "stages": CLASSES_THEN_TEXT.replace("steps: 3", "steps: 2"),
+        "denoiser.name": name,
+        "denoiser.conditioning": mode,
+    }
+    (_, start), _ = run_and_watch("train_class_conditional", arguments(**settings))
+    assert start.optimizer_state["state"] and start.changes["moments"]["kept"] > start.changes["moments"]["new"]
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run").takes_text
 
 
 def test_another_text_encoder_takes_over(arguments, tmp_path):

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -54,12 +54,14 @@ class Start:
         objective: training objective, with its noise schedule.
         averaged: average of the weights; None starts it from the weights.
         optimizer_state: moments of a model with the same parameters; those whose shape differs start from scratch.
+        changes: what a change of conditions keeps and what begins anew, for the lineage; empty if there is none.
     """
 
     denoiser: Denoiser
     objective: Objective
     averaged: Denoiser | None = None
     optimizer_state: dict[str, Any] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import torch
 
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.provenance import launch_command
-from improved_ldm.trainer.semantic import ClassSemantic, TextSemantic
 from improved_ldm.trainer.train_stages import train_stages
 from reproduction.curves import images_after_the_switch
 from reproduction.measures import Scorer
@@ -31,8 +30,8 @@ from reproduction.tables import SCALES, Table, load_tables
 
 RESULTS_HELP = "folder for the tables; those of this repository are in training/results"
 TRAINERS = {
-    "train_t2i": partial(train_stages, semantic_type=TextSemantic),
-    "train_class_conditional": partial(train_stages, semantic_type=ClassSemantic),
+    "train_t2i": partial(train_stages, condition="text"),
+    "train_class_conditional": partial(train_stages, condition="class"),
 }
 
 
@@ -47,11 +46,14 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
     scorer = Scorer(configs[settings[0]], "cuda" if torch.cuda.is_available() else "cpu")
     output, values = options.output / options.scale, {setting: defaultdict(list) for setting in settings}
     runs, parameters = [], {}
+    calls = {setting: table.call(setting, config) for setting, config in configs.items()}
+    shared = {key: value for key, value in scorer.settings.items() if any(key not in call for call in calls.values())}
     for seed in options.seeds:
         for setting, config in configs.items():
             seeded = config.model_copy(update={"seed": seed})
-            folder = train_if_missing(output, table.trainer, seeded, TRAINERS[table.trainer])
-            found = measure_if_missing(folder, table.measures, table.call(setting), seed, scorer, config)
+            trainer = table.trainer_of(setting)
+            folder = train_if_missing(output, trainer, seeded, TRAINERS[trainer])
+            found = measure_if_missing(folder, table.measures, calls[setting], seed, scorer, config)
             print(f"{name}, seed {seed}, {setting}: {found}", flush=True)
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             parameters[setting] = runs[-1]["parameters"]
@@ -66,7 +68,8 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         "parameters": parameters,
         "seconds_a_run": statistics.median(run["seconds"] for run in runs),
         "sampler": runs[0]["scheduler"],
-        "measured_with": scorer.settings,
+        "measured_with": shared,
+        "calls": calls,
         **({"images": images_after_the_switch(folder)} if "curve" in table.measures else {}),
     }
     write_report(build_record(table, values, about), options.results / name, options.scale)

@@ -31,7 +31,7 @@ DECIDED = frozenset(
     )
 )
 MAX_LAYERS, MAX_COUNT, MAX_LIST = 1000, 2**16, 100  # of options
-INDICES = {"dual_attention_layers"}  # options that hold layer indices, from 0; other integers are counts
+FROM_ZERO = {"dual_attention_layers", "size_features"}  # options whose numbers may be 0; others count from 1
 
 # Every `tiny` is our choice, as are the sizes with a comment: millions of parameters with patches of 2 and text of
 # 768 channels. The published DiT has 33, 130, 458 and 675.
@@ -51,6 +51,9 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "B": (128, 1, 2),  # 135
         "L": (192, 2, 4),  # 453
         "XL": (224, 2, 5),  # 705
+        # LDM's layout: channels of the first of four levels. CompVis/latent-diffusion, `cin256-v2.yaml`: LDM-4/2
+        "LDM-tiny": (32,),  # 13
+        "LDM-4": (192,),
     },
     "dit": _DIT,
     # sail-sg/MDT, `masked_diffusion/models.py`; the decoders of S and XL from its README, those of B and L its default
@@ -91,7 +94,8 @@ def preset(name: str, size: str) -> dict[str, Any]:
     Args:
         name: Backbone, a key of `DENOISERS`.
         size: `tiny`, `S`, `B`, `L` or `XL`, a slash and a patch size of 2, 4 or 8: `"XL/2"`. A UNet has no patches;
-            the number is then the stride, in latent pixels, at which attention begins.
+            the number is then the stride, in latent pixels, at which attention begins. Its sizes `LDM-tiny` and
+            `LDM-4` have the layout of LDM, the others that of SDXL.
 
     Returns:
         For a transformer `hidden_size`, `num_layers`, `num_attention_heads` and `patch_size`, and for an mDT also
@@ -109,20 +113,41 @@ def preset(name: str, size: str) -> dict[str, Any]:
         )
     values = SIZES[name][width]
     if name == "unet":
-        return _unet_levels(*values, stride=int(patch))
+        levels = _ldm_levels if width.startswith("LDM-") else _sdxl_levels
+        return levels(*values, stride=int(patch))
     return {**dict(zip(_TRANSFORMER, values, strict=False)), "patch_size": int(patch)}
 
 
-def _unet_levels(channels: int, first_blocks: int, second_blocks: int, stride: int) -> dict[str, tuple]:
-    # SDXL's levels: convolutions only at strides 1, 2, … below the given one, then two levels with attention
+def _sdxl_levels(channels: int, first_blocks: int, second_blocks: int, stride: int) -> dict[str, tuple]:
+    # convolutions only at strides 1, 2, … below the given one, then two levels with attention
     plain = stride.bit_length() - 1
     widths = (channels,) * plain + (2 * channels, 4 * channels)
     return {
+        **_level_types(plain, attending=2),
         "block_out_channels": widths,
-        "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * plain,
         "transformer_layers_per_block": (0,) * plain + (first_blocks, second_blocks),
         "num_attention_heads": tuple(max(width // 64, 1) for width in widths),
+    }
+
+
+def _ldm_levels(channels: int, stride: int) -> dict[str, Any]:
+    # four levels; those at the given stride and beyond attend, each with one block of one head
+    plain = stride.bit_length() - 1
+    return {
+        **_level_types(plain, attending=4 - plain),
+        "block_out_channels": tuple(channels * factor for factor in (1, 2, 3, 5)),
+        "transformer_layers_per_block": (1,) * 4,
+        "num_attention_heads": (1,) * 4,
+        "use_linear_projection": False,
+        "class_token_dim": 512,
+    }
+
+
+def _level_types(plain: int, attending: int) -> dict[str, tuple[str, ...]]:
+    """Blocks of a UNet whose first levels have convolutions only, on the way down and up."""
+    return {
+        "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attending,
+        "up_block_types": ("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",) * plain,
     }
 
 
@@ -160,10 +185,10 @@ def _checked(options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"`{option}` is {str(value).lower()}; it must be a number")
         most = MAX_LAYERS if "layers" in option else MAX_COUNT
         numbers = [part for part in _parts(checked[option]) if isinstance(part, int | float) and part is not False]
-        least = 1 if option not in INDICES and all(isinstance(number, int) for number in numbers) else 0
+        least = 1 if option not in FROM_ZERO and all(isinstance(number, int) for number in numbers) else 0
         if not all(math.isfinite(number) and least <= number <= most for number in numbers):
             raise ValueError(f"`{option}` is {str(value)[:40]}; a number in it must be from {least} to {most}")
-        if checked[option] == () and option not in INDICES:
+        if checked[option] == () and option not in FROM_ZERO:
             raise ValueError(f"`{option}` is {str(value)[:40]}; a list in it has at least one value")
         if len(_parts(checked[option])) > MAX_LIST:
             raise ValueError(f"`{option}` is {str(value)[:40]} …; a list in it has at most {MAX_LIST} values")

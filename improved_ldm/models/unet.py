@@ -51,7 +51,9 @@ class UNetDenoiser(Denoiser):
         num_attention_heads: Heads per level.
         use_linear_projection: Whether linear layers project to the transformer blocks, as in SDXL, or convolutions.
         norm_num_groups: Groups of the group norms.
-        text_dim: Channels of the text tokens, or None; class tokens have the channels of the deepest level.
+        text_dim: Channels of the text tokens, or None.
+        class_token_dim: Channels of class tokens and of the control's, without text; by default those of the deepest
+            level.
         published: Fields of `PublishedUNet`, or None.
 
     The other arguments are those of `Denoiser`.
@@ -87,6 +89,7 @@ class UNetDenoiser(Denoiser):
         conditioning: ConditioningMode = "disentangled",
         num_classes: int | None = None,
         num_class_tokens: int = 1,
+        class_token_dim: int | None = None,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
         control_weight: ControlWeight = "cosine",
@@ -102,7 +105,7 @@ class UNetDenoiser(Denoiser):
         channels, embedding_dim, token_dim = (
             block_out_channels,
             4 * block_out_channels[0],
-            text_dim or block_out_channels[-1],
+            text_dim or class_token_dim or block_out_channels[-1],
         )
         size_features = self.published.size_features
         adds = pooled_dim is not None or (conditioning == "published" and size_features > 0)

@@ -1,8 +1,9 @@
 """The training loop, the same for every denoiser and every kind of condition."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.output import OutputError
 from improved_ldm.pipeline import NonFiniteLatentsError
 from improved_ldm.trainer.checkpoints import Checkpoints
-from improved_ldm.trainer.config import TextConfig, TrainingConfig
+from improved_ldm.trainer.config import OptimizerConfig, TextConfig, TrainingConfig
 from improved_ldm.trainer.nonfinite import (
     NONFINITE,
     FirstSkipped,
@@ -27,7 +28,7 @@ from improved_ldm.trainer.nonfinite import (
     check_weights,
     pass_nonfinite_to_gradient,
 )
-from improved_ldm.trainer.optimizer import SkippingAdamW, WeightAverage, fitting_state, set_learning_rate
+from improved_ldm.trainer.optimizer import WeightAverage, fitting_state, make_optimizer, scaled, set_learning_rate
 from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
@@ -53,12 +54,14 @@ class Start:
         objective: training objective, with its noise schedule.
         averaged: average of the weights; None starts it from the weights.
         optimizer_state: moments of a model with the same parameters; those whose shape differs start from scratch.
+        changes: what a change of conditions keeps and what begins anew, for the lineage; empty if there is none.
     """
 
     denoiser: Denoiser
     objective: Objective
     averaged: Denoiser | None = None
     optimizer_state: dict[str, Any] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
         SystemExit: after a clean stop.
     """
     config, accelerator, objective = run.config.training, run.accelerator, start.objective
-    denoiser, optimizer, ema = _prepare(run, start)
+    recipe = scaled(run.config.optimizer, run.images_per_step)
+    denoiser, optimizer, ema = _prepare(run, start, recipe)
     inner = accelerator.unwrap_model(denoiser)
     frozen = frozenset(name for name, parameter in inner.named_parameters() if not parameter.requires_grad)
     folder, keep = run.folder / "checkpoints", config.keep_checkpoints
@@ -120,16 +124,16 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
     with progress, _kept_on_failure(run, checkpoints, progress), stop_signals() as stop:
         batch_iterator = iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches))
         for step in range(first_step, config.steps):
-            set_learning_rate(optimizer, run.config.optimizer, step, config.steps)
+            set_learning_rate(optimizer, recipe, step, config.steps)
             loss, suspect = _accumulate_gradients(run, denoiser, objective, batch_iterator, randomness_of(step))
-            gradient_norm = accelerator.clip_grad_norm_(denoiser.parameters(), run.config.optimizer.max_grad_norm)
+            gradient_norm = accelerator.clip_grad_norm_(denoiser.parameters(), recipe.max_grad_norm or math.inf)
             skipped = ~gradient_norm.isfinite()  # a scalar on the device, the same on all processes
             optimizer.optimizer.skip_where(skipped)  # accelerate's optimizer wraps ours
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(inner, skipped)
-
             done = step + 1
+            if done % recipe.ema_every == 0:
+                ema.update_parameters(inner, skipped)
             checkpoints.mark_place()
             # with fp16, gradients that only exceed its range are not an error: the loss scale adapts to them
             first_skipped.note(done, suspect, skipped if accelerator.scaler is None else ~loss.isfinite())
@@ -151,23 +155,24 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
     return ema.module
 
 
-def _prepare(run: Run, start: Start) -> tuple[nn.Module, torch.optim.Optimizer, WeightAverage]:
+def _prepare(
+    run: Run, start: Start, recipe: OptimizerConfig
+) -> tuple[nn.Module, torch.optim.Optimizer, WeightAverage]:
     """The model and the optimizer on their device, and the running average of the weights (float32)."""
     config, denoiser = run.config.training, start.denoiser
     denoiser.train()
     if not getattr(denoiser, "peft_config", None):  # adapters have frozen their base
         denoiser.requires_grad_(True)
-    ema = WeightAverage(denoiser, run.config.optimizer.ema_decay)
+    ema = WeightAverage(denoiser, recipe.ema_decay, recipe.ema_warmup)
     if start.averaged is not None:
-        ema.module.load_state_dict(start.averaged.state_dict())
-        ema.n_averaged += 1  # otherwise the first update would copy the model
+        ema.go_on_from(start.averaged)
     ema.requires_grad_(False).eval().to(run.accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if config.compile:
         denoiser.compile_repeated_blocks(fullgraph=True)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = SkippingAdamW(trained, run.config.optimizer)
+    optimizer = make_optimizer(trained, recipe)
     if start.optimizer_state is not None:
         optimizer.load_state_dict(fitting_state(start.optimizer_state, optimizer))
     denoiser, optimizer = run.accelerator.prepare(denoiser, optimizer)

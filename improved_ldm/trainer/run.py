@@ -16,6 +16,7 @@ from improved_ldm.trainer.checkpoints import CONFIG, write_config
 from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.launcher import open_accelerator
 from improved_ldm.trainer.lock import lock_folder
+from improved_ldm.trainer.optimizer import scaled
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.same_run import check_same_processes, check_same_run
 
@@ -76,9 +77,11 @@ class Run:
 def start_run(config: SharedConfig) -> Run:
     """Lock the run's folder, write its configuration there, seed the weights and print the images per step.
 
+    A scaled learning rate is printed as well.
+
     Raises:
-        ValueError: if the folder holds a run with another configuration or another number of processes, or the
-            launcher contradicts the configuration.
+        ValueError: if the folder holds a run with another configuration or another number of processes, the
+            launcher contradicts the configuration, or the scaled learning rate does not train.
         OSError: if the folder cannot be written, or another process is training there.
     """
     folder = Path(config.output_dir)
@@ -91,13 +94,14 @@ def start_run(config: SharedConfig) -> Run:
     )
     check_same_processes(folder, accelerator.num_processes)
     run = Run(config, folder, accelerator)
-    on_main_process(lambda: _open_folder(run))
+    peak = scaled(config.optimizer, run.images_per_step).learning_rate
+    on_main_process(lambda: _open_folder(run, peak))
     share_cores(accelerator, config.training.cpu_threads)
     set_seed(config.seed)
     return run
 
 
-def _open_folder(run: Run):
+def _open_folder(run: Run, learning_rate: float):
     lock_folder(run.folder, run.say)
     with writing(run.folder):
         write_config(run.config.file_values(), run.folder / CONFIG)
@@ -106,6 +110,11 @@ def _open_folder(run: Run):
         f"{processes} process{'es' * (processes > 1)} × batch {training.batch_size} × accumulation "
         f"{training.gradient_accumulation_steps} = {run.images_per_step} images per step"
     )
+    optimizer = run.config.optimizer
+    if optimizer.lr_scaling != "none":
+        rule = "√" if optimizer.lr_scaling == "sqrt" else ""
+        ratio = f"{rule}({run.images_per_step} / {optimizer.lr_base_batch})"
+        run.say(f"learning rate {optimizer.learning_rate:g} × {ratio} = {learning_rate:g}")
 
 
 def share_cores(accelerator: Accelerator, cpu_threads: int | None):

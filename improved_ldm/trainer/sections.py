@@ -11,7 +11,6 @@ from improved_ldm.bounds import (
     Classes,
     Count,
     CountOrZero,
-    DecayRate,
     NotNegative,
     Number,
     Passes,
@@ -130,7 +129,7 @@ class DenoiserConfig(Section):
     name: Text = "dit"
     """Backbone: `dit`, `pixart`, `mmdit`, `mdt` or `unet`."""
     size: Text = "XL/2"
-    """`tiny`, `S`, `B`, `L` or `XL`, a slash and the patch size."""
+    """`tiny`, `S`, `B`, `L` or `XL`, a slash and the patch size; for `unet` also `LDM-tiny/2` and `LDM-4/2`."""
     conditioning: ConditioningMode = "disentangled"
     """How conditions enter the denoiser."""
     control_weight: ControlWeight = "cosine"
@@ -189,25 +188,6 @@ class ObjectiveConfig(Section):
     def _makes_an_objective(self):
         make_objective(**self.model_dump())
         return self
-
-
-class OptimizerConfig(Section):
-    """AdamW, its learning rate and the average of the weights."""
-
-    learning_rate: Positive = 1e-4
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """`constant` after a linear warm-up, or `cosine` down to zero after it."""
-    warmup_steps: CountOrZero = 0
-    """Optimizer steps until the peak learning rate."""
-    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
-    """Decay rates of the moments."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: Positive = 1.0
-    """Norm that gradients are clipped to."""
-    ema_decay: DecayRate = 0.9999
-    """Decay per step of the averaged weights, which are saved and used for samples."""
 
 
 def _or_as_launched(key: str) -> WrapValidator:

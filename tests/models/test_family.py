@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from improved_ldm.models.cost import multiply_adds
 from improved_ldm.models.family import DENOISERS, PATCH_SIZES, SIZES, denoiser_class, make_denoiser, preset
 from improved_ldm.models.mmdit import MMDiTDenoiser
 from improved_ldm.models.unet import UNetDenoiser
@@ -43,14 +43,6 @@ def on_meta(build, *args, **config):
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def multiply_adds(model):
-    """Of a forward pass with one image of 32 x 32 latents and, where the model reads it, null text."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, model.config.in_channels, 32, 32), torch.empty(1))
-    assert torch.ops.aten.bmm in counter.get_flop_counts()["Global"]  # with attention
-    return counter.get_total_flops() / 2
 
 
 @pytest.mark.parametrize("size", DIT_PARAMETERS)
@@ -145,6 +137,13 @@ def test_unet_has_every_parameter_of_stable_diffusion_xl():
     assert count(model) == 2_567_463_684
 
 
+def test_ldm_4_has_every_parameter_of_the_official_unet():
+    # 400,920,579: `UNetModel` of CompVis/latent-diffusion at a506df5 with the values of `cin256-v2.yaml`, counted
+    config = {"num_classes": 1000, "in_channels": 3, "out_channels": 3, "published": {"size_features": 0}}
+    model = on_meta(make_denoiser, "unet", "LDM-4/2", conditioning="published", **config)
+    assert count(model) - 1001 * 512 == 400_920_579  # its class embedding is another module
+
+
 @pytest.mark.parametrize("size", DIT_PARAMETERS)
 @pytest.mark.parametrize("name", ["unet", "mmdit"])
 def test_sizes_of_our_choice_are_about_as_large_as_dit(name, size):
@@ -169,7 +168,7 @@ def test_every_size_is_a_config(name, patch_size):
         assert json.loads(json.dumps(values)).keys() == values.keys()
         if name == "unet":
             assert 2 ** values["down_block_types"].index("CrossAttnDownBlock2D") == patch_size
-            assert len({len(levels) for levels in values.values()}) == 1
+            assert len({len(levels) for levels in values.values() if isinstance(levels, tuple)}) == 1
             assert not any(channels % 32 for channels in values["block_out_channels"])
         else:
             assert values["patch_size"] == patch_size

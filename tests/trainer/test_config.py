@@ -14,7 +14,7 @@ from tests.trainer.conftest import load_script
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path):
     config_class = AdapterRunConfig if path.stem.startswith("lora_") else RunConfig
     assert parse_config(config_class, ["--config", str(path)]).output_dir.startswith("runs/")

@@ -76,7 +76,11 @@ VALUES = [
     ("optimizer.learning_rate", "1e300", "less than"),
     ("optimizer.learning_rate", "true", "a number"),
     ("optimizer.betas", "[0.9, 1.0]", "less than 1"),
-    ("optimizer.betas", "[0.9]", "missing"),
+    ("optimizer.betas", "[0.9]", "adamw has 2"),
+    ("optimizer.name", "sgd", "'adamw' or 'adan'"),
+    ("optimizer.eps", "0", "greater than 0"),
+    ("optimizer.lr_base_batch", "256", "`lr_scaling` is none, which has no base"),
+    ("optimizer.ema_every", "400001", "at most `training.steps`"),
     ("optimizer.ema_decay", "1", "less than 1"),
     ("sampling.num_inference_steps", "1000000000", "10000"),
     ("sampling.guidance_scale", ".nan", "finite"),
@@ -249,7 +253,7 @@ def test_a_model_beyond_memory_is_refused_before_it_is_made(denoiser):
     config = RunConfig.model_validate({"denoiser": denoiser, "text": {"max_tokens": 16}})
     started = time.process_time()
     with pytest.raises(ValueError, match=r"`denoiser.size` and `denoiser.options` make a model of at least [\d,]+ GB"):
-        check_models([config], takes_text=True)
+        check_models([config], ["text"])
     assert time.process_time() - started < 1
 
 

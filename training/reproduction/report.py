@@ -10,7 +10,7 @@ from improved_ldm.provenance import write_json
 from reproduction.curves import curve_lines, plot_curves
 from reproduction.intervals import DESCRIPTION, compare, mean_and_interval
 from reproduction.measures import MEASURES
-from reproduction.tables import Table
+from reproduction.tables import RECIPE, Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -35,6 +35,7 @@ def build_record(table: Table, values: Values, about: dict[str, Any]) -> dict[st
         "title": table.title,
         "claim": table.claim,
         "source": table.source,
+        **({"columns": list(table.columns)} if table.columns else {}),
         **about,
         "interval": DESCRIPTION,
         "settings": {
@@ -80,21 +81,17 @@ def write_report(record: dict[str, Any], folder: Path, scale: str):
 def markdown(record: dict[str, Any], picture: str) -> str:
     """The table, what it says of the claim, and how it was made."""
     measures = measures_of(record)
-    arrows = ["↓" if MEASURES[name].lower_is_better else "↑" for name in measures]
-    titles = [f"{MEASURES[name].title} {arrow}" for name, arrow in zip(measures, arrows, strict=True)]
-    rows = [
-        "| " + " | ".join([setting, *(interval_text(values[name]) for name in measures)]) + " |"
-        for setting, values in record["settings"].items()
-    ]
+    titles = [f"{MEASURES[name].title} {'↓' if MEASURES[name].lower_is_better else '↑'}" for name in measures]
+    rows = {
+        setting: [interval_text(values[name]) for name in measures] for setting, values in record["settings"].items()
+    }
+    table = _grids(record["columns"], titles, rows) if "columns" in record else _markdown_table(titles, rows)
     lines = [
         f"# {record['title']}",
         "",
         f"{record['claim']} ({SOURCES[record['source']]})",
         "",
-        "| | " + " | ".join(titles) + " |",
-        "| --- |" + " --- |" * len(measures),
-        *rows,
-        "",
+        *table,
         *(f"- {expectation_text(expectation)}" for expectation in record["expectations"]),
         *(curve_lines(record) if has_curve(record) else []),
         "",
@@ -103,8 +100,7 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         *_parameters(record),
         f"Mean over {len(record['seeds'])} seeds and {record['interval']}. Features: "
         f"`{record['measured_with']['features']['name']}`; reference: {record['measured_with']['reference']}; "
-        f"{record['measured_with']['samples']} samples per run, {_guidance(record)}, "
-        f"{record['measured_with']['num_inference_steps']} steps of {record['sampler']}. "
+        f"{record['measured_with']['samples']} samples per run, {_sampled(record)}. "
         f"{record['device']}; {record['seconds_a_run']:.0f} seconds per run.",
         "",
         *([record["note"], ""] if "note" in record else []),
@@ -112,6 +108,29 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _markdown_table(titles: list[str], rows: dict[str, list[str]]) -> list[str]:
+    """The lines of a table whose rows have names."""
+    body = ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items())
+    return ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles), *body, ""]
+
+
+def _grids(columns: list[str], titles: list[str], cells: dict[str, list[str]]) -> list[str]:
+    """The lines of a grid for every measure; its cells are settings, which are named by row and column."""
+    names, lines = dict.fromkeys(setting.rpartition(", ")[0] for setting in cells), []
+    empty = ["–"] * len(titles)
+    for number, title in enumerate(titles):
+        rows = {name: [cells.get(f"{name}, {column}", empty)[number] for column in columns] for name in names}
+        lines += [f"{title}:", "", *_markdown_table(columns, rows)]
+    return lines
+
+
+def _sampled(record: dict[str, Any]) -> str:
+    """How the samples are made."""
+    if any(RECIPE in values["overrides"] for values in record["settings"].values()):
+        return "guidance, steps and sampler of each recipe"
+    return f"{_guidance(record)}, {record['measured_with']['num_inference_steps']} steps of {record['sampler']}"
 
 
 def _guidance(record: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def _mixed(records: dict[str, dict[str, Any]]) -> str:
     for name, scales in records.items():
         for scale, record in scales.items():
             measured = record["measured_with"]
-            what = f"{measured['samples']} samples, {measured['reference']}, {measured['features']['name']}"
+            what = f"{measured['samples']} samples; reference {measured['reference']}; {measured['features']['name']}"
             groups.setdefault(what, []).append(f"{name} ({scale})")
     if len(groups) < 2:
         return ""

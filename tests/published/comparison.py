@@ -101,16 +101,10 @@ def training_step(name: str, number: int) -> dict[str, Pair]:
     )
     loss.backward()
     norms = [parameter.grad.norm() for parameter in denoiser.parameters() if parameter.grad is not None]
-    terms = [recorded[key][number] for key in term_keys(name)]
     return {
-        "loss": (loss.detach(), sum(terms).mean()),
+        "loss": (loss.detach(), recorded["loss.loss"][number]),
         "gradient_norm": (torch.stack(norms).norm(), recorded["loss.gradient_norm"][number]),
     }
-
-
-def term_keys(name: str) -> list[str]:
-    """Names of the recorded terms of a loss, each (timesteps, batch)."""
-    return [key for key in numbers(name) if key.removeprefix("loss.").removeprefix("masked_") in ("mse", "vb")]
 
 
 def loss_terms(name: str, number: int) -> dict[str, Pair]:

@@ -19,6 +19,7 @@ EXTENSIONS = {
     "webdataset": (".tar",),
     "imagefolder": (".jpg", ".jpeg", ".png", ".webp"),
 }
+STATISTICS = ".npz"  # of the features of a reference set
 METADATA = ("metadata.jsonl", "metadata.csv")  # the files that caption an image folder
 
 
@@ -44,6 +45,7 @@ def is_hub_id(source: str | Path | list | None) -> bool:
         and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) is not None
         and not Path(source).exists()
         and kind_of(source) is None
+        and Path(source).suffix != STATISTICS
     )
 
 

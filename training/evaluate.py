@@ -3,13 +3,15 @@
 Usage: accelerate launch training/evaluate.py --pipeline FOLDER_OR_ID --data SET [--key value …]
 
 `--samples FOLDER` instead of `--pipeline` scores existing images. `--sweep "guidance_scale=1:8:0.5
-control_guidance_scale=0:2:0.5"` samples and scores every combination. The same command resumes where it was stopped,
-and several processes give the same numbers as one.
+control_guidance_scale=0:2:0.5"` samples and scores every combination. `--like adm --reference_statistics FILE.npz`
+evaluates as the papers on ImageNet do. The same command resumes where it was stopped, and several processes give the
+same numbers as one.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.evaluation.clip_score import open_clip_scorer
+from improved_ldm.evaluation.comparability import adm_comparison
 from improved_ldm.evaluation.disentanglement import control_distances
 from improved_ldm.evaluation.evaluate import KID_SUBSET_SIZE, Evaluation, identity
 from improved_ldm.evaluation.features import open_features
@@ -25,15 +28,18 @@ from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.meaning import judged_notes, score_notes
 from improved_ldm.evaluation.obedience import RealImages, evaluate_obedience, open_judged
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
+from improved_ldm.evaluation.reference import Reference
+from improved_ldm.evaluation.reference_npz import BatchImages, write_statistics
 from improved_ldm.evaluation.request import (
     EvaluateConfig,
     check_keys,
     check_semantics,
+    complete,
     load_pipeline,
     make_all_requests,
-    read_reference,
     sampling_settings,
 )
+from improved_ldm.evaluation.request_reference import read_reference, read_statistics
 from improved_ldm.evaluation.sampling import Sampler, SamplingSettings, open_samples
 from improved_ldm.evaluation.sweep import parse_sweep, point_name, write_sweep
 from improved_ldm.exits import exit_on_error
@@ -54,6 +60,7 @@ def main(config: EvaluateConfig):
 
     # What is evaluated: a pipeline at one or more settings, or existing images.
     check_keys(config)
+    config = complete(config)
     pipeline = None if config.pipeline is None else load_pipeline(config).to(accelerator.device)
     samples = None if config.samples is None else open_samples(config.samples)
     size = samples.size if pipeline is None else (pipeline.default_size, pipeline.default_size)
@@ -62,10 +69,12 @@ def main(config: EvaluateConfig):
     check_semantics(config, pipeline, samples)
 
     # What it is measured with: the networks, and the real images.
-    network = open_features(config.features, accelerator.device)
+    network = open_features(config.features, accelerator.device, config.resizing)
     network.check_size("features", size)
     config.scores.check_samples(len(samples.files) if samples else config.num_samples, network)
+    statistics = read_statistics(config, network)
     clip = None if config.clip is None else open_clip_scorer(config.clip, accelerator.device)
+    cmmd = None if config.cmmd is None else open_clip_scorer(config.cmmd, accelerator.device)
     judge = None if pipeline is None or config.sweep else config.obedience.judge
     with naming_keys(judge="obedience.judge", source="data"):
         judged = open_judged(judge, config.data, size[0], accelerator.print)
@@ -73,11 +82,15 @@ def main(config: EvaluateConfig):
     if perceptual is not None:
         perceptual.check_size("perceptual", size)
     reference = read_reference(config, pipeline, size)
-    accelerator.print(reference.rows.description)
-    config.scores.check_reference(reference.images)
-    scores = config.scores.fitted(min(reference.images, len(samples.files) if samples else config.num_samples))
-    if scores != config.scores and scores.kid_subset_size < KID_SUBSET_SIZE:
+    check_images(config, reference, accelerator.print)
+    count = len(samples.files) if samples else config.num_samples
+    scores = config.scores.fitted(count if reference is None else min(reference.images, count))
+    if reference is not None and scores != config.scores and scores.kid_subset_size < KID_SUBSET_SIZE:
         accelerator.print(f"kid uses subsets of {scores.kid_subset_size} images, as many as the smaller set has")
+    if scores.adm and not network.num_spatial_features:
+        accelerator.print(f"sfid is left out: {config.features} has no spatial features")
+    elif scores.adm and statistics is not None and "sfid" not in statistics.gaussians:
+        accelerator.print(f"sfid is left out: {config.reference_statistics} has no `mu_s` and `sigma_s`")
 
     # What the pipeline samples, and the folders for it.
     folders = [config.folder / "sweep" / point_name(point) if point else config.folder for point in points]
@@ -86,7 +99,10 @@ def main(config: EvaluateConfig):
         sampler = Sampler(pipeline, make_all_requests(config, pipeline, reference), config.batch_size)
         for folder, setting in zip(folders, settings, strict=True):
             sampler.check_folder(folder / "samples", setting)
-    evaluation = Evaluation(reference, network, clip, scores, config.batch_size)
+    evaluation = Evaluation(reference, network, clip, scores, config.batch_size, statistics, cmmd)
+    if config.write_statistics is not None and accelerator.is_main_process:
+        write_statistics(config.write_statistics, evaluation.gaussians, network, reference.record())
+        print(f"{config.write_statistics} holds the statistics of the reference images")
     accelerator.print(f"results are written to {config.folder}/")
 
     # Samples, then numbers, setting by setting.
@@ -114,6 +130,7 @@ def main(config: EvaluateConfig):
                 "scoring": round(time.perf_counter() - sampled, 1),
             },
         }
+        record["comparison"] = adm_comparison(record)
         if judged is not None:
             record |= judge_control(config, pipeline, setting, judged, perceptual)
         record["notes"] = score_notes(record) | judged_notes(
@@ -126,6 +143,31 @@ def main(config: EvaluateConfig):
     if accelerator.is_main_process:
         write_results(config, records)
     accelerator.end_training()
+
+
+def check_images(config: EvaluateConfig, reference: Reference | BatchImages | None, say: Callable[[str], None]):
+    """Say what the reference images are, or which scores their absence leaves out.
+
+    Raises:
+        ValueError: If there are too few images for the scores, or none for a score that was asked for.
+    """
+    if reference is not None:
+        say(reference.description)
+        config.scores.check_reference(reference.images)
+        return
+    if config.cmmd is not None:
+        raise ValueError(
+            f"`cmmd` is {config.cmmd}; it needs images, but {config.reference_statistics} has statistics only."
+        )
+    left_out = [
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        *["adm_precision", "adm_recall"] * config.scores.adm,
+    ]
+    say(f"{', '.join(left_out)} are left out: {config.reference_statistics} has statistics only, no images")
 
 
 def judge_control(
@@ -172,6 +214,7 @@ def write_results(config: EvaluateConfig, records: list[dict[str, Any]]):
         print(f"{config.folder}/ holds sweep.json and sweep.png, and under sweep/ the samples of each point")
         return
     print(json.dumps(records[0]["scores"], indent=2))
+    print(records[0]["comparison"])
     print(f"{config.folder}/ holds metrics.json")
     if config.update_card and config.pipeline and Path(config.pipeline).is_dir():
         write_json(Path(config.pipeline) / EVALUATION_FILE, records[0])

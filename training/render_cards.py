@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.hub.card import render_card
+from improved_ldm.models.cost import multiply_adds
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.settings import parse_config
 from improved_ldm.trainer.components import build_denoiser, build_objective
@@ -95,22 +95,6 @@ def meta_pipeline(config: RunConfig, conditions: dict[str, int]) -> ImprovedLDMP
         vae = AutoencoderKL(block_out_channels=[128, 256, 512, 512], **blocks)  # Stable Diffusion's: factor 8
         denoiser = build_denoiser(config, vae, **conditions)
     return ImprovedLDMPipeline(vae, build_objective(config).sampling_scheduler(), **{denoiser.component: denoiser})
-
-
-def multiply_adds(denoiser: Denoiser, max_tokens: int) -> float:
-    """Multiply-adds of one evaluation of one image, with `max_tokens` text tokens if the denoiser reads text.
-
-    Args:
-        denoiser: model on the meta device.
-        max_tokens: tokens per prompt.
-    """
-    config, conditions = denoiser.config, {}
-    if config.text_dim:
-        conditions["encoder_hidden_states"] = torch.empty(1, max_tokens, config.text_dim, device="meta")
-    latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser.eval()(latents, torch.empty(1), **conditions)
-    return counter.get_total_flops() / 2
 
 
 def main(argv: list[str]):

@@ -48,13 +48,12 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
     output, values = options.output / options.scale, {setting: defaultdict(list) for setting in settings}
     runs, parameters = [], {}
     calls = {setting: table.call(setting, config) for setting, config in configs.items()}
-    shared = {key: value for key, value in scorer.settings.items() if any(key not in call for call in calls.values())}
     for seed in options.seeds:
         for setting, config in configs.items():
             seeded = config.model_copy(update={"seed": seed})
             trainer = table.trainer_of(setting)
             folder = train_if_missing(output, trainer, seeded, TRAINERS[trainer])
-            found = measure_if_missing(folder, table.measures, calls[setting], seed, scorer)
+            found = measure_if_missing(folder, table.measures, calls[setting], seed, scorer, config)
             print(f"{name}, seed {seed}, {setting}: {found}", flush=True)
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             parameters[setting] = runs[-1]["parameters"]
@@ -69,7 +68,7 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         "parameters": parameters,
         "seconds_a_run": statistics.median(run["seconds"] for run in runs),
         "sampler": runs[0]["scheduler"],
-        "measured_with": shared,
+        "measured_with": scorer.settings,
         "calls": calls,
         **({"images": images_after_the_switch(folder)} if "curve" in table.measures else {}),
     }

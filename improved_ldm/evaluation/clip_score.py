@@ -1,6 +1,7 @@
 """CLIP score: how well images match their prompts."""
 
 import torch
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
 
 from improved_ldm.evaluation.networks import (
@@ -77,6 +78,12 @@ class ClipScorer(MeasuringNetwork):
         images = self.towers.encode_images(pixels.to(self.device, torch.float32))
         texts = self.towers.encode_texts(list(prompts), self.device)
         return 100 * torch.cosine_similarity(images.float(), texts.float()).clamp(min=0)
+
+    @torch.no_grad()
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, dim) of images as for a call, float32, each of length 1."""
+        check_pixels(pixels)
+        return normalize(self.towers.encode_images(pixels.to(self.device, torch.float32)).float())
 
 
 def open_clip_scorer(source: str, device: torch.device | str = "cpu") -> ClipScorer:

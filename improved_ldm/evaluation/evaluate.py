@@ -1,6 +1,7 @@
 """Compute scores of samples against real images: features in fixed batches, then all scores at once."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -8,13 +9,16 @@ from pydantic import Field
 from tqdm import tqdm
 
 from improved_ldm.bounds import Count, Parts, Seed
+from improved_ldm.evaluation.adm_scores import adm_inception_score, adm_precision_recall
 from improved_ldm.evaluation.clip_score import ClipScorer
 from improved_ldm.evaluation.features import FeatureNetwork, Features
+from improved_ldm.evaluation.gaussian import Gaussian
 from improved_ldm.evaluation.networks import MeasuringNetwork
 from improved_ldm.evaluation.processes import gather_batches, own_batches, rank_and_world_size
 from improved_ldm.evaluation.reference import Reference
+from improved_ldm.evaluation.reference_npz import BatchImages, ReferenceStatistics
 from improved_ldm.evaluation.sampling import Samples
-from improved_ldm.evaluation.scores import RealFeatures, inception_score, kernel_distance
+from improved_ldm.evaluation.scores import RealFeatures, clip_discrepancy, inception_score, kernel_distance
 from improved_ldm.places import shareable_place
 from improved_ldm.settings import Section
 
@@ -32,6 +36,8 @@ class ScoreSettings(Section):
     """Number of parts that the Inception score is averaged over; default: 10, or the number of images."""
     nearest_k: Parts = 5
     """Number of neighbours that set the radii of precision, recall, density and coverage."""
+    adm: bool = False
+    """Also compute precision, recall and Inception score as the ADM suite does, and with Inception, sFID."""
     seed: Seed = 0
     """Seed of the subsets and splits."""
 
@@ -65,26 +71,32 @@ class Evaluation:
     batch of images are in memory. The scores are computed once, on the main process.
 
     Args:
-        reference: Real images. Their features are computed once, here.
+        reference: Real images, whose features are computed once, here. None leaves out the scores that need them.
         network: Feature network.
         clip: Scorer of samples against their prompts, or None.
         settings: Settings of the scores.
         batch_size: Images per batch.
+        statistics: Statistics that the Fréchet distances use instead of the real images, or None.
+        cmmd: CLIP model of CMMD, or None.
     """
 
     def __init__(
         self,
-        reference: Reference,
+        reference: Reference | BatchImages | None,
         network: FeatureNetwork,
         clip: ClipScorer | None,
         settings: ScoreSettings,
         batch_size: int,
+        statistics: ReferenceStatistics | None = None,
+        cmmd: ClipScorer | None = None,
     ):
-        self.reference, self.network, self.clip = reference, network, clip
-        self.settings, self.batch_size = settings, batch_size
-        batches = _progress(reference.batches(batch_size), reference.images, batch_size, "reference features")
-        real = _gather_features([_on_cpu(network(pixels)) for pixels in batches])
-        self._real = None if real is None else RealFeatures(real.vectors, settings.nearest_k)
+        self.reference, self.network, self.clip, self.cmmd = reference, network, clip, cmmd
+        self.settings, self.batch_size, self.statistics = settings, batch_size, statistics
+        self._real = None if reference is None else self._gather(self._read_reference())
+        self._neighbours = (
+            None if self._real is None else RealFeatures(self._real.features.vectors, settings.nearest_k)
+        )
+        self.gaussians = {} if self._real is None else self._fit(self._real.features)
 
     def scores(self, samples: Samples) -> dict[str, float] | None:
         """All scores of a set of samples by name.
@@ -93,43 +105,101 @@ class Evaluation:
             samples: Images to score. A CLIP scorer needs their prompts.
 
         Returns:
-            On the main process: fid, kid and its standard deviation over subsets, precision, recall, density and
-            coverage; inception_score and its standard deviation over splits if the network is a classifier;
-            clip_score if there is a scorer. None on the other processes.
+            On the main process: fid; kid and its standard deviation over subsets, precision, recall, density and
+            coverage if there are real images; inception_score and its standard deviation over splits if the network
+            is a classifier; clip_score and cmmd if there are networks for them; with `settings.adm`, sfid if the
+            network has spatial features, and adm_precision, adm_recall and adm_inception_score under the same
+            conditions. None on the other processes.
         """
-        count, features, clip_scores = len(samples.files), [], []
+        count, measured, clip_scores = len(samples.files), [], []
         for numbers in _progress(own_batches(count, self.batch_size), count, self.batch_size, "scoring"):
             pixels = samples.pixels(numbers)
-            features.append(_on_cpu(self.network(pixels)))
+            measured.append(self._measure(pixels))
             if self.clip is not None:
                 clip_scores.append(self.clip(pixels, samples.prompts[numbers.start : numbers.stop]).cpu())
-        fake, clip_scores = _gather_features(features), gather_batches(clip_scores)
+        fake, clip_scores = self._gather(measured), gather_batches(clip_scores)
         if fake is None:
             return None
-        scores = self._compare(fake)
-        return scores | {"clip_score": torch.cat(clip_scores).mean().item()} if clip_scores else scores
+        scores = self._compare(fake.features)
+        if clip_scores:
+            scores["clip_score"] = torch.cat(clip_scores).mean().item()
+        if self.cmmd is not None:
+            scores["cmmd"] = clip_discrepancy(self._real.embeddings, fake.embeddings)
+        return scores
 
     def _compare(self, fake: Features) -> dict[str, float]:
         """The scores that are computed from features alone."""
-        real = self._real.vectors
-        settings = self.settings.fitted(min(len(real), len(fake.vectors)))
-        kid, kid_std = kernel_distance(
-            real, fake.vectors, settings.kid_subsets, settings.kid_subset_size, settings.seed
-        )
-        scores = {"fid": self._real.fid(fake.vectors), "kid": kid, "kid_std": kid_std}
+        real = None if self._real is None else self._real.features.vectors
+        settings = self.settings.fitted(min(len(vectors) for vectors in (real, fake.vectors) if vectors is not None))
+        targets = self.gaussians if self.statistics is None else self.statistics.gaussians
+        fitted = self._fit(fake)
+        scores = {name: targets[name].distance(fitted[name]) for name in fitted if name in targets}
+        if real is not None:
+            subsets = (settings.kid_subsets, settings.kid_subset_size, settings.seed)
+            scores["kid"], scores["kid_std"] = kernel_distance(real, fake.vectors, *subsets)
         if fake.probabilities is not None:
             mean, std = inception_score(fake.probabilities, settings.inception_splits, settings.seed)
             scores |= {"inception_score": mean, "inception_score_std": std}
-        return scores | self._real.manifold_scores(fake.vectors)
+            if settings.adm:
+                scores["adm_inception_score"] = adm_inception_score(fake.probabilities)
+        if real is not None:
+            scores |= self._neighbours.manifold_scores(fake.vectors)
+            if settings.adm:
+                scores |= adm_precision_recall(real, fake.vectors, settings.nearest_k)
+        return scores
+
+    def _fit(self, features: Features) -> dict[str, Gaussian]:
+        """The Gaussians of features, by the name of the Fréchet distance between them."""
+        spatial = {} if features.spatial is None else {"sfid": Gaussian.of(features.spatial)}
+        return {"fid": Gaussian.of(features.vectors), **spatial}
+
+    def _read_reference(self) -> list["Measured"]:
+        batches = self.reference.batches(self.batch_size)
+        bar = _progress(batches, self.reference.images, self.batch_size, "reference features")
+        return [self._measure(pixels) for pixels in bar]
+
+    def _measure(self, pixels: torch.Tensor) -> "Measured":
+        """The features that the scores need, on the CPU."""
+        features = self.network(pixels)
+        kept = {"probabilities": features.probabilities, "spatial": features.spatial if self.settings.adm else None}
+        kept = {name: None if values is None else values.cpu() for name, values in kept.items()}
+        embeddings = None if self.cmmd is None else self.cmmd.embed(pixels).cpu()
+        return Measured(Features(features.vectors.cpu(), **kept), embeddings)
+
+    @staticmethod
+    def _gather(parts: list["Measured"]) -> "Measured | None":
+        gathered = gather_batches(parts)
+        if gathered is None:
+            return None
+        features = [part.features for part in gathered]
+        names = ("vectors", "probabilities", "spatial")
+        joined = {name: _joined([getattr(part, name) for part in features]) for name in names}
+        return Measured(Features(**joined), _joined([part.embeddings for part in gathered]))
 
     def record(self) -> dict[str, Any]:
         """Everything that the scores depend on besides the samples."""
         return {
-            "reference": self.reference.record(),
+            "reference": None if self.reference is None else self.reference.record(),
+            "reference_statistics": None if self.statistics is None else self.statistics.record(),
             "features": identity(self.network),
+            "resizing": self.network.resizing,
             "clip": identity(self.clip),
+            "cmmd": identity(self.cmmd),
             "score_settings": self.settings.model_dump(),
         }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the scores need to know of a batch or a set of images.
+
+    Args:
+        features: Features of the feature network.
+        embeddings: CLIP embeddings (batch, dim) of length 1; None without CMMD.
+    """
+
+    features: Features
+    embeddings: torch.Tensor | None
 
 
 def identity(network: MeasuringNetwork | None) -> dict[str, str] | None:
@@ -142,17 +212,5 @@ def _progress(batches: Iterable, count: int, batch_size: int, what: str) -> Iter
     return tqdm(batches, total=own, unit="batch", desc=what, disable=rank_and_world_size()[0] > 0)
 
 
-def _on_cpu(features: Features) -> Features:
-    probabilities = None if features.probabilities is None else features.probabilities.cpu()
-    return Features(features.vectors.cpu(), probabilities)
-
-
-def _gather_features(parts: list[Features]) -> Features | None:
-    gathered = gather_batches(parts)
-    if gathered is None:
-        return None
-    has_probabilities = gathered[0].probabilities is not None
-    return Features(
-        torch.cat([part.vectors for part in gathered]),
-        torch.cat([part.probabilities for part in gathered]) if has_probabilities else None,
-    )
+def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)

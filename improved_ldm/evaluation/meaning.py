@@ -8,7 +8,8 @@ from typing import Any
 
 SHARE_IMAGES = 50  # minimum for a share or a mean, so that its standard error is at most 0.07
 SET_IMAGES = 500  # minimum for both compared sets; with fewer images, coverage depends mostly on their number
-INCEPTION_IMAGES = 2048  # minimum for FID: the number of features, or else the covariance is singular
+INCEPTION_IMAGES = 2048  # minimum for FID and sFID: the number of features, or else the covariance is singular
+DISTANCES = ("fid", "sfid")  # scores that reference statistics are enough for
 CLASS_SHARE = 0.5  # share of the judge's accuracy on real images that samples must reach before control is judged
 # Numbers that look good even if the samples are not recognisable: the class of noise stays the same for any control.
 NEEDS_CLASSES = (
@@ -20,7 +21,7 @@ NEEDS_CLASSES = (
     "flip_distance",
 )
 # Scores that look good even if few real images have a sample nearby: noise can fall where real images are far apart.
-NEEDS_COVERAGE = ("precision", "recall", "density")
+NEEDS_COVERAGE = ("precision", "recall", "density", "adm_precision", "adm_recall")
 COVERAGE_SHARE = 0.1  # share of the coverage of equal sets; noise reaches at most 0.03 with the judge's features
 # Prefixes of the judge's numbers → the fields with the numbers of images that they depend on, and the minimum.
 COUNTS = {
@@ -86,7 +87,7 @@ def score_notes(evaluation: dict[str, Any]) -> dict[str, str]:
     """
     notes = {}
     for name in evaluation["scores"]:
-        least = INCEPTION_IMAGES if name == "fid" and is_inception(evaluation) else SET_IMAGES
+        least = INCEPTION_IMAGES if name in DISTANCES and is_inception(evaluation) else SET_IMAGES
         if name == "clip_score":
             least = SHARE_IMAGES
         images = score_images(evaluation, name)
@@ -96,9 +97,18 @@ def score_notes(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def score_images(evaluation: dict[str, Any], name: str) -> int:
-    """Number of images in the smaller of the two sets that a score compares; the CLIP score uses only the samples."""
-    samples, real = evaluation["samples"]["images"], evaluation["reference"]["images"]
-    return samples if name == "clip_score" else min(samples, real)
+    """Number of images in the smaller of the two sets that a score compares; the CLIP score uses only the samples.
+
+    Reference statistics that do not state their number of images are taken to be of enough images.
+    """
+    samples, real = evaluation["samples"]["images"], reference_of(evaluation, name)["images"]
+    return samples if name == "clip_score" or real is None else min(samples, real)
+
+
+def reference_of(evaluation: dict[str, Any], name: str) -> dict[str, Any]:
+    """Record of what a score compares the samples with: reference statistics or reference images."""
+    statistics, images = evaluation.get("reference_statistics"), evaluation["reference"]
+    return statistics if statistics and (name in DISTANCES or images is None) else images
 
 
 def score_noise(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -112,11 +122,14 @@ def score_noise(evaluation: dict[str, Any]) -> dict[str, str]:
 
     Source: our choice; the coverage of two equal sets is from Naeem et al. 2020, Sec. 3.3, for large sets.
     """
-    scores, samples, real = evaluation["scores"], evaluation["samples"]["images"], evaluation["reference"]["images"]
+    scores = evaluation["scores"]
+    coverage = scores.get("coverage")
+    if coverage is None:
+        return {}
+    samples, real = evaluation["samples"]["images"], evaluation["reference"]["images"]
     nearest = evaluation.get("score_settings", {}).get("nearest_k", 5)
     equal = 1 - (real / (real + samples)) ** nearest
-    coverage = scores.get("coverage")
-    if coverage is None or coverage >= COVERAGE_SHARE * equal:
+    if coverage >= COVERAGE_SHARE * equal:
         return {}
     reason = f"the coverage is {coverage:.3f}, for equal sets {equal:.3f}: few real images have a sample nearby"
     return {name: reason for name in NEEDS_COVERAGE if name in scores}

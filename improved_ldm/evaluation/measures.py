@@ -7,11 +7,13 @@ from typing import Any
 from improved_ldm.evaluation.meaning import is_inception, judged_images, score_images
 
 WORDS = {"fid": "Fréchet distance", "judge_fid": "Fréchet distance", "kid": "kernel distance"}
+CLIP_SCORES = {"clip_score": "clip", "cmmd": "cmmd"}  # the score → its network in the record
 SPREAD = "_std"  # suffix of a standard deviation, which is neither good nor bad
 HIGHER, LOWER = "higher", "lower"
-LOWER_IS_BETTER = ("fid", "kid", "judge_fid", "flip_distance")
+LOWER_IS_BETTER = ("fid", "sfid", "kid", "cmmd", "judge_fid", "flip_distance")
 HIGHER_IS_BETTER = (
     *("precision", "recall", "density", "coverage", "inception_score", "clip_score"),
+    *("adm_precision", "adm_recall", "adm_inception_score"),
     *("class_accuracy", "orientation_accuracy", "crop_accuracy", "detail_class_kept", "detail_class_kept_by_size"),
 )
 
@@ -51,8 +53,9 @@ class Measure:
 def score_measure(evaluation: dict[str, Any], name: str) -> Measure:
     """Present a score from a record of `training/evaluate.py`. Only Inception's distance is called FID."""
     images, better = score_images(evaluation, name), _better(name)
-    if name == "clip_score":
-        return Measure(name, "clip score", (evaluation["clip"] or {}).get("name", "CLIP"), images, better)
+    if name in CLIP_SCORES:
+        network = (evaluation[CLIP_SCORES[name]] or {}).get("name", "CLIP")
+        return Measure(name, name.replace("_", " "), network, images, better)
     network = evaluation["features"]["name"]
     if is_inception(evaluation):
         return Measure(name, name.replace("_", " "), network, images, better)

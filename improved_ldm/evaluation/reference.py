@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,12 @@ from improved_ldm.data.transforms import RESAMPLING, ImageTransform
 from improved_ldm.evaluation.networks import to_bytes
 from improved_ldm.evaluation.processes import own_batches
 from improved_ldm.places import shareable_place
+
+
+class Identified(Protocol):
+    """What has a hash of its content."""
+
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Reference:
     sha256: str
     captions: list[str] | None
     labels: list[int] | None
+
+    @property
+    def description(self) -> str:
+        """What is read, in one line."""
+        return self.rows.description
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """The batches (batch, 3, height, width) in [-1, 1] of this process, as assigned by `own_batches`."""
@@ -88,11 +99,11 @@ def open_reference(
     return Reference(rows, transform, source, split, images, digest.hexdigest(), captions or None, labels or None)
 
 
-def check_reference(reference: Reference, expected: dict[str, str]):
+def check_reference(reference: Identified, expected: dict[str, str]):
     """Check that a reference set is the expected one.
 
     Args:
-        reference: The reference set.
+        reference: The reference set, or its statistics.
         expected: Expected hashes, by the argument or file that states them.
 
     Raises:

@@ -9,12 +9,14 @@ import torch
 from pydantic import Field
 
 from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Place, SamplerSteps, Seed, Text, Threads
+from improved_ldm.evaluation.comparability import ADM_KEYS, ADM_SCORES
 from improved_ldm.evaluation.evaluate import ScoreSettings
+from improved_ldm.evaluation.features import Resizing
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
-from improved_ldm.evaluation.reference import Reference, check_reference, open_reference
+from improved_ldm.evaluation.reference import Reference
 from improved_ldm.evaluation.sampling import Request, Samples, SamplingSettings, check_settings, make_requests
 from improved_ldm.evaluation.sweep import parse_sweep
-from improved_ldm.naming import loading, naming_keys
+from improved_ldm.naming import loading
 from improved_ldm.open_pipeline import open_pipeline
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.settings import Section
@@ -27,8 +29,14 @@ class EvaluateConfig(Section):
     """Folder or Hub id of a pipeline."""
     samples: LocalPath | None = None
     """Folder of images to score instead of a pipeline."""
-    data: Place
-    """Reference set: an embedded set, a Hub id, a file or a folder."""
+    like: Literal["adm"] | None = None
+    """Settings of a published evaluation for all keys that are not given: `adm`, the suite of ADM and DiT."""
+    data: Place | None = None
+    """Reference set: an embedded set, a Hub id, a file or a folder; needed without `reference_statistics`."""
+    reference_statistics: LocalPath | None = None
+    """`.npz` with `mu` and `sigma` for FID, or a batch file of the ADM suite, whose images replace `data`."""
+    write_statistics: LocalPath | None = None
+    """`.npz` to write with the statistics of the reference images, which `reference_statistics` reads."""
     split: Text = "test"
     """Split of the reference set."""
     name: Text | None = None
@@ -46,13 +54,13 @@ class EvaluateConfig(Section):
     reference_hash: Text | None = None
     """Required hash of the reference set; any other set is an error."""
     num_samples: Annotated[Count, Field(ge=2)] = 10_000
-    """Number of images to sample."""
+    """Number of images to sample; papers use 50,000 or 10,000, and fewer images raise FID."""
     batch_size: BatchSize = 50
     """Images per call of the pipeline and of the networks."""
     seed: Seed = 0
     """Random seed; image i has the seed `seed` + i."""
-    labels: Literal["balanced", "drawn"] = "balanced"
-    """Classes in turn, or at random with the frequencies of the reference set; captions are taken in turn."""
+    labels: Literal["balanced", "drawn", "uniform"] = "balanced"
+    """Classes in turn, or drawn with the frequencies of the reference set or equal ones; captions are in turn."""
     control: dict[str, bool | tuple[Number, Number]] = Field({})
     """Control arguments of the pipeline for every scored image; the obedience test sets its own."""
     num_inference_steps: SamplerSteps | None = None
@@ -67,8 +75,12 @@ class EvaluateConfig(Section):
     """Ranges of the guidance scales; a sweep is not judged and does not change the model card."""
     features: Place = "inception"
     """Feature network of the distances: `inception`, `inception:FILE`, `embedded:judge`, …"""
+    resizing: Resizing = "network"
+    """Resizing for Inception: TensorFlow's in the `network`, or `clean`, Pillow's bicubic as in clean-fid."""
     clip: Place | None = None
     """CLIP model of the CLIP score; by default, the score is not computed."""
+    cmmd: Place | None = None
+    """CLIP model of CMMD, the distance of image embeddings; by default, it is not computed."""
     scores: ScoreSettings = ScoreSettings()
     obedience: ObedienceConfig = ObedienceConfig()
     perceptual: Place = "embedded:judge"
@@ -87,14 +99,23 @@ class EvaluateConfig(Section):
     def _hash(self) -> str:
         """Eight hexadecimal digits that identify all settings that the scores depend on, and the absolute paths."""
         values = self.model_dump(mode="json", exclude=KEYS_WITHOUT_EFFECT_ON_SCORES)
-        for key in ("pipeline", "samples", "data"):
+        for key in ("pipeline", "samples", "data", "reference_statistics"):
             if values[key] and Path(values[key]).exists():
                 values[key] = Path(values[key]).resolve().as_posix()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-KEYS_WITHOUT_EFFECT_ON_SCORES = {"output_dir", "reference_hash", "update_card", "cpu_threads"}
+KEYS_WITHOUT_EFFECT_ON_SCORES = {
+    "like",
+    "output_dir",
+    "reference_hash",
+    "write_statistics",
+    "update_card",
+    "cpu_threads",
+}
 KEYS_UNUSED_IN_SWEEP = {"obedience", "perceptual", "update_card"}
+# Keys that select or read the images of `data`.
+DATA_KEYS = {"split", "name", "image_column", "caption_column", "label_column", "num_reference_images"}
 # Keys that control sampling, and that existing images do not depend on.
 SAMPLING_KEYS = {
     "num_samples",
@@ -112,8 +133,22 @@ SAMPLING_KEYS = {
 }
 
 
+def complete(config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with the settings of `like` for all keys that are not given.
+
+    Settings of the sampling are not used for existing `samples`.
+    """
+    if config.like is None:
+        return config
+    given = config.model_fields_set | (SAMPLING_KEYS if config.samples else set())
+    scores = {key: value for key, value in ADM_SCORES.items() if key not in config.scores.model_fields_set}
+    values = {key: value for key, value in ADM_KEYS.items() if key not in given}
+    return config.model_copy(update=values | {"scores": config.scores.model_copy(update=scores)})
+
+
 def check_keys(config: EvaluateConfig):
     """Raise a ValueError for keys that contradict each other or would be ignored."""
+    _check_references(config)
     if (config.pipeline is None) == (config.samples is None):
         given = "neither" if config.pipeline is None else "both"
         raise ValueError(
@@ -131,6 +166,18 @@ def check_keys(config: EvaluateConfig):
         ignored = config.model_fields_set & KEYS_UNUSED_IN_SWEEP
         if ignored:
             raise ValueError(f"`{min(ignored)}` is given, but a `sweep` is neither judged nor shown on a model card.")
+
+
+def _check_references(config: EvaluateConfig):
+    """Raise a ValueError for missing reference images or for keys that only images have a use for."""
+    if config.data is None:
+        if config.reference_statistics is None:
+            raise ValueError("give `data`, the reference images, or `reference_statistics`; neither was given.")
+        unused = config.model_fields_set & (DATA_KEYS | {"write_statistics"})
+        if unused:
+            raise ValueError(f"`{min(unused)}` is given, but there is no `data` that it would apply to.")
+    if config.write_statistics is not None and config.write_statistics.suffix != ".npz":
+        raise ValueError(f"`write_statistics` is {config.write_statistics}; its name must end in .npz.")
 
 
 def load_pipeline(config: EvaluateConfig) -> ImprovedLDMPipeline:
@@ -169,12 +216,17 @@ def check_semantics(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None
     """Raise a ValueError for caption or label settings that are not used, or for a CLIP score without prompts."""
     if pipeline is not None:
         takes_text = pipeline.takes_text
-        if takes_text and config.labels == "drawn":
-            raise ValueError("`labels` is 'drawn'; a text pipeline uses captions, so it must be 'balanced'.")
+        if takes_text and config.labels != "balanced":
+            raise ValueError(
+                f"`labels` is {config.labels!r}; a text pipeline uses captions, so it must be 'balanced'."
+            )
         if not takes_text and "caption_column" in config.model_fields_set:
             raise ValueError("`caption_column` is given, but the pipeline is class-conditional and reads no captions.")
-        if config.labels == "balanced" and "label_column" in config.model_fields_set:
+        if config.labels != "drawn" and "label_column" in config.model_fields_set:
             raise ValueError("`label_column` is given, but labels are read only if `labels` is 'drawn'.")
+        if config.data is None and (takes_text or config.labels == "drawn"):
+            what = "captions" if takes_text else "labels"
+            raise ValueError(f"`data` is not given; the {what} of the samples are taken from it.")
     if config.clip is None:
         return
     if pipeline is not None and not pipeline.takes_text:
@@ -185,50 +237,10 @@ def check_semantics(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None
         )
 
 
-def read_reference(config: EvaluateConfig, pipeline: ImprovedLDMPipeline | None, size: tuple[int, int]) -> Reference:
-    """Open the reference set at a size (height, width) in pixels.
-
-    Its hash is compared with `reference_hash` and with the hash of earlier results in the output folder.
-
-    Raises:
-        ValueError: If the hash differs, or captions or labels that the pipeline needs are missing.
-    """
-    expected = _expected_hashes(config)
-    takes_text = pipeline is not None and pipeline.takes_text
-    reads_labels = pipeline is not None and not takes_text and config.labels == "drawn"
-    with naming_keys(source="data"):
-        reference = open_reference(
-            config.data,
-            config.split,
-            size,
-            config.num_reference_images,
-            config.batch_size,
-            name=config.name,
-            image_column=config.image_column,
-            caption_column=config.caption_column if takes_text else None,
-            label_column=config.label_column if reads_labels else None,
-        )
-    check_reference(reference, expected)
-    return reference
-
-
-def _expected_hashes(config: EvaluateConfig) -> dict[str, str]:
-    """The hash in the configuration and the hashes of results in the output folder, by where they are stated."""
-    expected = {} if config.reference_hash is None else {"`reference_hash`": config.reference_hash}
-    for file in (config.folder / "metrics.json", config.folder / "sweep.json"):
-        if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if "reference" not in record:
-                raise ValueError(
-                    f"`output_dir` is {config.folder}; its {file.name} is not from an evaluation and would be "
-                    "overwritten. Choose another folder."
-                )
-            expected[str(file)] = record["reference"]["sha256"]
-    return expected
-
-
 def make_all_requests(config: EvaluateConfig, pipeline: ImprovedLDMPipeline, reference: Reference) -> list[Request]:
-    """Make all requests: captions in turn, classes in turn, or random classes with the reference set's frequencies.
+    """Make all requests: captions in turn, classes in turn, or random classes.
+
+    Random classes have the frequencies of the reference set (`drawn`) or equal frequencies (`uniform`).
 
     Raises:
         ValueError: If all captions of the reference set are empty, or the model does not know one of its labels.
@@ -240,8 +252,9 @@ def make_all_requests(config: EvaluateConfig, pipeline: ImprovedLDMPipeline, ref
             raise ValueError(
                 f"`caption_column` is {config.caption_column!r}; all captions of {config.data} are empty."
             )
-    elif config.labels == "balanced":
+    elif config.labels != "drawn":
         choices = range(pipeline.denoiser.config.num_classes)
+        order = "in_turn" if config.labels == "balanced" else "drawn"
     else:
         choices, order = reference.labels, "drawn"
         num_classes = pipeline.denoiser.config.num_classes

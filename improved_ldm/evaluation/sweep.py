@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from improved_ldm.evaluation.comparability import differences
 from improved_ldm.evaluation.meaning import is_inception
 from improved_ldm.evaluation.measures import score_measure
 from improved_ldm.provenance import write_json
@@ -71,10 +72,10 @@ def write_sweep(records: list[dict[str, Any]], folder: Path):
     ]
     shared = {name: value for name, value in records[0].items() if name not in ("scores", "seconds")}
     shared["samples"] = {name: value for name, value in shared["samples"].items() if name not in AXES}
-    plot_sweep(
-        points, folder / "sweep.png", "FID" if is_inception(records[0]) else score_measure(records[0], "fid").label
-    )
-    write_json(folder / "sweep.json", {"points": points, **shared})
+    mixed = differences(records)
+    label = "FID" if is_inception(records[0]) else score_measure(records[0], "fid").label
+    plot_sweep(points, folder / "sweep.png", f"{label} (numbers do not compare)" if mixed else label)
+    write_json(folder / "sweep.json", {"points": points, **shared} | ({"mixed": mixed} if mixed else {}))
 
 
 def plot_sweep(points: list[dict[str, Any]], file: Path, distance: str = "FID"):

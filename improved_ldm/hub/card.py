@@ -204,13 +204,22 @@ def update_card(folder: Path) -> bool:
     scores = _table(
         evaluation["scores"], partial(score_measure, evaluation), score_notes(evaluation), score_noise(evaluation)
     )
-    text = f"{scores}\n\n{conditions(evaluation)}"
+    text = "\n\n".join([scores, conditions(evaluation), *_comparisons(evaluation)])
     if judged["obedience"]:
         text += f"\n\n{_judged_text(judged)}"
     card.text = EVALUATION_PART.sub(lambda _: text, card.text, count=1)
     card.save(file)
     write_entries(folder, evaluation)
     return True
+
+
+def _comparisons(evaluation: dict[str, Any]) -> list[str]:
+    """With what the scores compare, as the record states it. Records of earlier versions do not."""
+    lines = [evaluation["comparison"]] if "comparison" in evaluation else []
+    judged = evaluation.get("obedience") or {}
+    if "judge_fid" in judged and evaluation["features"]["name"] == _judge(evaluation):
+        lines.append("The two Fréchet distances are of different samples and real images; they do not compare.")
+    return lines
 
 
 def _judged(evaluation: dict[str, Any]) -> dict[str, Any]:

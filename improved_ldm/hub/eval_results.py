@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from improved_ldm.evaluation.meaning import judged_notes, score_notes
+from improved_ldm.evaluation.meaning import DISTANCES, judged_notes, reference_of, score_notes
 from improved_ldm.evaluation.measures import Measure, judged_measure, score_measure
 from improved_ldm.places import is_hub_id
 
@@ -40,16 +40,22 @@ def score_results(task: str, evaluation: dict[str, Any]) -> list[EvalResult]:
         task: Task name on the Hub.
         evaluation: Record written by `training/evaluate.py`.
     """
-    reference = evaluation["reference"]
-    height, width = reference["resolution"]
-    subset = {
-        "dataset_config": f"{reference['images']} images at {height}x{width}",
-        "dataset_args": {"sha256": reference["sha256"], "conditions": conditions(evaluation)},
-    }
-    return [
-        _result(task, score_measure(evaluation, name), value, reference["source"], reference["split"], **subset)
-        for name, value in _meant(evaluation).items()
-    ]
+    results = []
+    for name, value in _meant(evaluation).items():
+        reference = reference_of(evaluation, name)
+        subset = {
+            "dataset_config": _extent(reference),
+            "dataset_args": {"sha256": reference["sha256"], "conditions": conditions(evaluation)},
+        }
+        place = (reference["source"], reference.get("split"))
+        results.append(_result(task, score_measure(evaluation, name), value, *place, **subset))
+    return results
+
+
+def _extent(reference: dict[str, Any]) -> str:
+    """Number and size of the images of a reference, as far as they are known."""
+    images = "statistics" if reference["images"] is None else f"{reference['images']} images"
+    return images + (" at {}x{}".format(*reference["resolution"]) if "resolution" in reference else "")
 
 
 def _meant(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -73,16 +79,15 @@ def write_entries(folder: Path, evaluation: dict[str, Any]) -> Path | None:
 
     Source: the Hub's format; one task per score is our choice.
     """
-    file, dataset = folder / EVAL_RESULTS / "scores.yaml", evaluation["reference"]["source"]
-    scores = _meant(evaluation)
-    if not is_hub_id(dataset) or not scores:
-        file.unlink(missing_ok=True)
-        return None
-    notes = conditions(evaluation)
+    file, notes = folder / EVAL_RESULTS / "scores.yaml", conditions(evaluation)
     entries = [
         EvalResultEntry(dataset, score_measure(evaluation, name).kind, value, notes=notes)
-        for name, value in scores.items()
+        for name, value in _meant(evaluation).items()
+        if is_hub_id(dataset := reference_of(evaluation, name)["source"])
     ]
+    if not entries:
+        file.unlink(missing_ok=True)
+        return None
     file.parent.mkdir(exist_ok=True)
     file.write_text(
         yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -92,17 +97,21 @@ def write_entries(folder: Path, evaluation: dict[str, Any]) -> Path | None:
 
 def conditions(evaluation: dict[str, Any]) -> str:
     """Everything that the scores of an evaluation depend on, in one line."""
-    reference, samples = evaluation["reference"], evaluation["samples"]
+    samples = evaluation["samples"]
     first, last = samples["seeds"]
     networks = [
         f"{what} {network['name']} ({network['sha256'][:12]})"
-        for what, network in (("Features", evaluation["features"]), ("CLIP", evaluation["clip"]))
+        for what, network in (
+            ("Features", evaluation["features"]),
+            ("CLIP", evaluation["clip"]),
+            ("CMMD", evaluation.get("cmmd")),
+        )
         if network is not None
     ]
     parts = [
         *networks,
-        f"reference `{reference['source']}` {reference['split']}, {reference['images']} images "
-        f"({reference['sha256'][:12]})",
+        *(["clean resizing"] if evaluation.get("resizing") == "clean" else []),
+        *_references(evaluation),
         f"{samples['images']} samples, {samples['labels']}",
         f"{samples['sampler']}, {samples['num_inference_steps']} steps",
         f"guidance {samples['guidance_scale']}, control guidance {samples['control_guidance_scale']}",
@@ -112,7 +121,28 @@ def conditions(evaluation: dict[str, Any]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _result(task: str, measure: Measure, value: float, source: str, split: str, **subset: Any) -> EvalResult:
+def _references(evaluation: dict[str, Any]) -> list[str]:
+    """What the scores compare the samples with, in words. Two different references are for different scores."""
+    statistics, images = evaluation.get("reference_statistics"), evaluation["reference"]
+    parts = []
+    if statistics:
+        of_all = (
+            ""
+            if images is None
+            else f" for {' and '.join(name for name in DISTANCES if name in evaluation['scores'])}"
+        )
+        known = "" if statistics["images"] is None else f" of {statistics['images']} images"
+        parts.append(f"statistics `{statistics['source']}`{known} ({statistics['sha256'][:12]}){of_all}")
+    if images:
+        others = ", for the other scores, which do not compare with them" if statistics else ""
+        parts.append(
+            f"reference `{images['source']}` {images['split']}, {images['images']} images "
+            f"({images['sha256'][:12]}){others}"
+        )
+    return parts
+
+
+def _result(task: str, measure: Measure, value: float, source: str, split: str | None, **subset: Any) -> EvalResult:
     dataset = dataset_name(source)
     return EvalResult(
         task_type=task,

@@ -146,3 +146,22 @@ def test_the_cosine_schedule_is_that_of_its_authors():
     times = (torch.arange(1, 1001).double() / 1000 + 0.008) / 1.008
     expected = (times * math.pi / 2).cos() ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     assert_close(alphas[:990].double(), expected[:990], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("learned", [False, True])
+@given(scale=st.floats(1, 8))
+def test_a_rescaled_objective_has_the_rescaled_signal_on_every_schedule(schedule, learned, scale):
+    before = make_objective("epsilon", beta_schedule=schedule, learned_variance=learned)
+    after = before.rescaled(32, 32 * scale)
+    # at the end of a cosine the signal is below what float32 holds
+    snr = [
+        o.scheduler.alphas_cumprod[:990].double() / (1 - o.scheduler.alphas_cumprod[:990].double())
+        for o in (before, after)
+    ]
+    assert_close(snr[1], snr[0] / scale**2, rtol=1e-3, atol=1e-9)
+    assert type(after.sampling_scheduler()) is type(before.sampling_scheduler())
+    assert after.learned_variance is learned
+    latents, noise = example()
+    terms = after.losses(torch.zeros(4, 6, 2, 2), latents, noise, torch.tensor([0, 1, 500, 999]))
+    assert all(term.isfinite().all() for term in terms.values())

@@ -1,6 +1,10 @@
 """Real images and measuring networks."""
 
+import io
+
 import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from improved_ldm.data.sources import open_rows
 from improved_ldm.evaluation.judge import Judge
@@ -18,6 +22,21 @@ def real() -> RealImages:
 def judge() -> Judge:
     """The judge that ships with the package."""
     return Judge.from_pretrained(resolve("embedded:judge")).eval()
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights of torch-fidelity's Inception, whose constructor requires a weights file."""
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"], nothing)
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return file
 
 
 @pytest.fixture

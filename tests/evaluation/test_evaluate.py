@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from improved_ldm.evaluation.clip_score import open_clip_scorer
 from improved_ldm.evaluation.evaluate import Evaluation, ScoreSettings
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.networks import to_bytes
@@ -94,3 +95,30 @@ def test_the_record_names_what_the_scores_depend_on(reference, network):
     assert record["reference"]["sha256"] == reference.sha256
     assert record["score_settings"]["nearest_k"] == 3
     assert record["clip"] is None
+
+
+@pytest.mark.slow
+def test_sfid_and_the_adm_scores_are_measured_when_asked_for(reference, inception_file, tmp_path):
+    settings = ScoreSettings(kid_subset_size=4, kid_subsets=1, inception_splits=1, nearest_k=1, adm=True)
+    few = open_reference("embedded:fashion-mnist", "test", (32, 32), 8, 8)
+    network = open_features(f"inception:{inception_file}")
+    evaluation = Evaluation(few, network, None, settings, 8)
+    for number, image in enumerate(to_bytes(torch.cat(list(few.batches(8))))):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:03d}.png")
+    found = evaluation.scores(open_samples(tmp_path))
+    assert found["fid"] == pytest.approx(0, abs=1e-4) and found["sfid"] == pytest.approx(0, abs=1e-4)
+    assert (found["adm_precision"], found["adm_recall"]) == (1, 1)
+    assert found["adm_inception_score"] >= 1
+    assert evaluation.gaussians["sfid"].mean.shape == (2023,)
+
+
+def test_cmmd_is_near_zero_for_the_reference_itself_and_large_for_noise(reference, network, tmp_path):
+    evaluation = Evaluation(reference, network, None, SETTINGS, 16, cmmd=open_clip_scorer("embedded:clip"))
+    found = []
+    for pixels in (torch.cat(list(reference.batches(16))), torch.rand(60, 3, 32, 32) * 2 - 1):
+        for number, image in enumerate(to_bytes(pixels)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:03d}.png")
+        found.append(evaluation.scores(open_samples(tmp_path))["cmmd"])
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[1] > 0.5
+    assert evaluation.record()["cmmd"]["name"] == "embedded:clip"

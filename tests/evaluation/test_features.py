@@ -1,5 +1,5 @@
-import io
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -26,23 +26,10 @@ from improved_ldm.data.transforms import to_pixels
 from improved_ldm.evaluation.features import Features, open_features
 from improved_ldm.evaluation.networks import MissingWeightsError, to_bytes
 from improved_ldm.places import ASSETS
+from tests.fixtures.published_scores.make import random_image
 
 OPEN_CLIP = "ViT-S-32-alt"
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """Random weights of torch-fidelity's Inception, whose constructor requires a weights file."""
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("random", ["2048"], nothing)
-    file = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(network.state_dict(), file)
-    return file
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published_scores"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +79,40 @@ def test_inception_of_a_file_agrees_with_torch_fidelity(inception_file):
     assert features.vectors.std() > 0
     torch.testing.assert_close(features.vectors, vectors, rtol=1e-4, atol=0)
     torch.testing.assert_close(features.probabilities, logits.softmax(1), rtol=1e-4, atol=0)
+
+
+def test_spatial_features_are_the_first_channels_of_the_convolution_of_tensorflows_mixed_6(inception_file):
+    """TensorFlow orders them by height, width and channel."""
+    own, maps = FeatureExtractorInceptionV3("own", ["2048"], str(inception_file)), []
+    own.Mixed_6d.branch1x1.conv.register_forward_hook(lambda layer, inputs, output: maps.append(output))
+    own(to_bytes(images()))
+    network = open_features(f"inception:{inception_file}")
+    spatial = network(images()).spatial
+    assert spatial.shape == (3, network.num_spatial_features) == (3, 2023)
+    expected = maps[0][:, :7].permute(0, 2, 3, 1)
+    scale = expected.std()
+    torch.testing.assert_close(spatial.view(3, 17, 17, 7) / scale, expected / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_clean_resizing_is_that_of_clean_fid(inception_file):
+    published = json.loads((PUBLISHED / "numbers.json").read_text(encoding="utf-8"))["clean_fid"]["resized"]
+    network, read = open_features(f"inception:{inception_file}", resizing="clean"), []
+    network.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
+    image = torch.from_numpy(random_image()).permute(2, 0, 1)[None]
+    features = network(image / 127.5 - 1)
+    resized = 128 * read[0][0].permute(1, 2, 0) + 128
+    assert list(resized.shape) == published["shape"]
+    torch.testing.assert_close(resized[100, ::20], torch.tensor(published["row"]), rtol=1e-4, atol=1e-3)
+    assert resized.mean().item() == pytest.approx(published["mean"], rel=1e-4)
+    other = open_features(f"inception:{inception_file}")(image / 127.5 - 1)
+    assert (features.vectors - other.vectors).norm() > 0.01 * other.vectors.norm()
+
+
+def test_only_inception_is_given_clean_images():
+    with pytest.raises(
+        ValueError, match="`resizing` is 'clean'; it is for Inception only, and `features` is embedded"
+    ):
+        open_features("embedded:judge", resizing="clean")
 
 
 def test_inception_takes_its_weights_from_the_cache_of_torch_hub(inception_file, no_downloads):

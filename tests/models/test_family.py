@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from improved_ldm.models.cost import multiply_adds
 from improved_ldm.models.family import DENOISERS, PATCH_SIZES, SIZES, denoiser_class, make_denoiser, preset
 from improved_ldm.models.mmdit import MMDiTDenoiser
 from improved_ldm.models.unet import UNetDenoiser
@@ -43,14 +43,6 @@ def on_meta(build, *args, **config):
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def multiply_adds(model):
-    """Of a forward pass with one image of 32 x 32 latents and, where the model reads it, null text."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, model.config.in_channels, 32, 32), torch.empty(1))
-    assert torch.ops.aten.bmm in counter.get_flop_counts()["Global"]  # with attention
-    return counter.get_total_flops() / 2
 
 
 @pytest.mark.parametrize("size", DIT_PARAMETERS)

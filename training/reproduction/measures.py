@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.data.sources import open_rows
@@ -16,6 +17,7 @@ from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, load_real_images,
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
 from improved_ldm.evaluation.scores import RealFeatures, high_frequency_energy
 from improved_ldm.trainer.config import RunConfig
+from reproduction.bound import held_out_bound
 from reproduction.curves import pipelines_before_the_end
 
 CLIP = "embedded:clip"  # knows the captions of the embedded images; its text tower is also what the models read
@@ -111,6 +113,14 @@ class TableSamples:
         before = pipelines_before_the_end(Path(self.pipeline.name_or_path), self.pipeline.device)
         return [*(replace(self, pipeline=pipeline).fid() for pipeline in before), self.fid()]
 
+    def bound(self) -> float | None:
+        """Variational bound of real images, in bits per dimension of their latents; only ancestral steps have one."""
+        if not isinstance(self.pipeline.scheduler, DDPMScheduler):
+            return None
+        part = slice(self.scorer.config.evaluation.num_detail_samples)
+        pixels, labels = self.scorer.real.pixels[part], self.scorer.real.labels[part]
+        return held_out_bound(self.pipeline, pixels, labels, self.call["num_inference_steps"])
+
     def coverage(self) -> float:
         """Share of the real images that have a sample near."""
         return self.scorer.real_features.manifold_scores(self._features.vectors)["coverage"]
@@ -152,14 +162,14 @@ class Measure:
     Args:
         title: what the reader sees.
         lower_is_better: whether small values are good.
-        of: the number of samples, or several along the run.
+        of: the number of samples, or several along the run; None if there is none.
         reads: the field of the control that the model must read.
         is_curve: whether it is several numbers.
     """
 
     title: str
     lower_is_better: bool
-    of: Callable[[TableSamples], float | list[float]]
+    of: Callable[[TableSamples], float | list[float] | None]
     reads: str | None = None
     is_curve: bool = False
 
@@ -169,6 +179,7 @@ class Measure:
 MEASURES = {
     "fid": Measure("FID", True, TableSamples.fid),
     "curve": Measure("FID after the switch", True, TableSamples.curve, is_curve=True),
+    "bound": Measure("bound of test images, bits per dimension", True, TableSamples.bound),
     "coverage": Measure("coverage", False, TableSamples.coverage),
     "clip_score": Measure("CLIP score", False, TableSamples.clip_score),
     "class_accuracy": Measure("class found", False, TableSamples.class_accuracy),

@@ -9,6 +9,7 @@ from typing import Any
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.provenance import write_json
+from improved_ldm.trainer.components import build_objective
 from improved_ldm.trainer.config import RunConfig
 from reproduction.measures import MEASURES, Scorer
 
@@ -67,7 +68,7 @@ def _share_first_stage(output: Path, trainer: str, config: RunConfig, train: Cal
 
 
 def measure_if_missing(
-    folder: Path, names: tuple[str, ...], call: dict[str, Any], seed: int, scorer: Scorer
+    folder: Path, names: tuple[str, ...], call: dict[str, Any], seed: int, scorer: Scorer, config: RunConfig
 ) -> dict[str, float | None]:
     """What measures say of a trained pipeline; each is made once and kept beside it.
 
@@ -77,17 +78,25 @@ def measure_if_missing(
         call: arguments of the pipeline.
         seed: of the run.
         scorer: what the measures compare with.
+        config: of the run; a sampler in it takes the place of the pipeline's.
 
     Returns:
         A number a measure, or None where the model does not read what it is about.
     """
     file = folder / "measures.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    entry = kept.setdefault(json.dumps({"call": call, **scorer.settings}, sort_keys=True), {})
+    sampler = {
+        name: value
+        for name, value in config.sampling.model_dump(include={"sampler", "timestep_spacing"}).items()
+        if value is not None
+    }
+    entry = kept.setdefault(json.dumps({"call": call, **sampler, **scorer.settings}, sort_keys=True), {})
     missing = [name for name in names if name not in entry]
     if missing:
         pipeline = ImprovedLDMPipeline.from_pretrained(folder).to(scorer.device)
         pipeline.set_progress_bar_config(disable=True)
+        if sampler:
+            pipeline.scheduler = build_objective(config).sampling_scheduler(**sampler)
         samples = scorer.samples(pipeline, call, seed)
         read = pipeline.denoiser.control_inputs
         for name in missing:

@@ -43,8 +43,8 @@ class Table(Section):
     """What is compared."""
     claim: str
     """What is expected, in words."""
-    source: Literal["paper", "ours"]
-    """Whether the paper says so, or we expect it."""
+    source: Literal["paper", "ours", "recipe"]
+    """Whether the paper says so, we expect it, or the authors of a published recipe say so."""
     trainer: Trainer = "train_t2i"
     """Script that trains its models."""
     base: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,150 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
+
+import published
+from improved_ldm.evaluation.request import EvaluateConfig
+from improved_ldm.settings import parse_config
+from training import evaluate
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+FEW = {
+    "num_samples": 6,
+    "batch_size": 4,
+    "features": "embedded:judge",
+    "num_inference_steps": 3,
+    "cpu_threads": 1,
+    "scores": "{kid_subset_size: 4, kid_subsets: 2, inception_splits: 2, nearest_k: 2}",
+}
+
+
+@pytest.fixture
+def vae(autoencoder, tmp_path) -> Path:
+    """The folder of an autoencoder with 32 x 32 images for 16 x 16 latents."""
+    autoencoder.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def statistics(tmp_path, class_pipeline) -> Path:
+    """Statistics of real images, made by an evaluation."""
+    class_pipeline(sample_size=16, num_classes=10).save_pretrained(tmp_path / "other")
+    values = FEW | {"data": "embedded:fashion-mnist", "num_reference_images": 40, "pipeline": tmp_path / "other"}
+    values |= {"write_statistics": tmp_path / "reference.npz", "output_dir": tmp_path / "other-evaluation"}
+    values |= {"obedience.judge": "null"}
+    evaluate.main(parse_config(EvaluateConfig, [f"--{key}={value}" for key, value in values.items()]))
+    return tmp_path / "reference.npz"
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> dict[str, Path]:
+    """Tiny checkpoints in the layout of the published files: pickled tensors next to the constructor's arguments."""
+    files = {}
+    for name in ("official_dit", "official_mdtv2"):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.save(load_file(FIXTURES / name / "state_dict.safetensors"), folder / "model.pt")
+        config = json.loads((FIXTURES / name / "config.json").read_text(encoding="utf-8"))["constructor_kwargs"]
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        files[name] = folder / "model.pt"
+    return files
+
+
+def measure(model, output: Path, **values):
+    values = FEW | {"model": model, "output_dir": output} | values
+    published.main(parse_config(published.PublishedConfig, [f"--{key}={value}" for key, value in values.items()]))
+
+
+@pytest.mark.parametrize(
+    "name, entry, options",
+    [
+        ("official_dit", "DiT-XL/2-256", {"channels": 3}),
+        ("official_mdtv2", "MDTv2-XL/2-256", {"channels": 3, "schedule": "power_cosine", "power": 4.0}),
+    ],
+)
+def test_a_checkpoint_in_the_published_layout_becomes_a_table(
+    checkpoints, vae, statistics, tmp_path, capsys, name, entry, options
+):
+    given = {"compare_with": entry, "autoencoder": vae, "reference_statistics": statistics}
+    measure(checkpoints[name], tmp_path / "out", **given)
+    text = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    stated, measured = published.load_entries()[entry].numbers["fid"], record["scores"]["fid"]
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["fid"] and "is" not in line]
+    assert row == ["fid", f"{stated:.2f}", f"{measured:.2f}", f"{measured - stated:+.2f}"]
+    assert "Does not compare with numbers of the ADM suite" in text and "6 samples, not 50,000" in text
+    assert "GFLOP per evaluation, 6 evaluations per image, 6 images" in text
+    assert record["samples"]["labels"] == "uniform"
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "learned_range"
+    assert pipe.scheduler.config.timestep_spacing == "linspace" and pipe.scheduler.config.beta_schedule == "linear"
+    assert pipe.config.default_num_inference_steps == 250 and pipe.config.guidance_options == options
+
+
+def test_the_same_command_resumes_and_other_weights_are_refused(checkpoints, vae, statistics, tmp_path):
+    given = {"compare_with": "DiT-XL/2-256", "autoencoder": vae, "reference_statistics": statistics}
+    measure(checkpoints["official_dit"], tmp_path / "out", **given)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
+    measure(checkpoints["official_dit"], tmp_path / "out", **given)
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
+    state_dict = {name: 2 * value for name, value in torch.load(checkpoints["official_dit"]).items()}
+    torch.save(state_dict, checkpoints["official_dit"])
+    with pytest.raises(ValueError, match="which has other weights"):
+        measure(checkpoints["official_dit"], tmp_path / "out", **given)
+
+
+def test_a_pipeline_of_this_library_is_measured_as_it_is(class_pipeline, statistics, tmp_path, capsys):
+    class_pipeline(sample_size=16, num_classes=10).save_pretrained(tmp_path / "mine")
+    measure(tmp_path / "mine", tmp_path / "out", compare_with="DiT-XL/2-256-400k", reference_statistics=statistics)
+    assert "18.10" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "pipeline").exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": "DiT-XL/3"}, r"`model` is 'DiT-XL/3'; published models are DiT-XL/2-256, "),
+        ({"model": "DiT-XL/2-256", "compare_with": "DiT"}, r"`compare_with` is 'DiT'; published models are"),
+        ({"model": "DiT-XL/2-256-400k"}, r"whose weights are not published; give a checkpoint"),
+        ({"model": "DiT-XL/2-256"}, r"`reference_statistics` is not given; .*VIRTUAL_imagenet256_labeled\.npz"),
+        ({"model": "DiT-XL/2-256", "reference_statistics": "none.npz"}, r"none\.npz, which does not exist"),
+        (
+            {"model": "MDTv2-XL/2-256", "reference_statistics": "HERE"},
+            r"`model` is 'shgao/MDT-XL2/mdt_xl2_v2_ckpt\.pt",
+        ),
+        ({"model": "a/b", "compare_with": "DiT-XL/2-256", "reference_statistics": "HERE"}, r"`model` is 'a/b'"),
+    ],
+)
+def test_what_is_not_available_is_refused_in_one_line(tmp_path, values, message):
+    here = tmp_path / "here.npz"
+    here.write_bytes(b"")
+    values = {key: here if value == "HERE" else value for key, value in values.items()}
+    with pytest.raises((ValueError, OSError), match=message) as raised:
+        measure(values.pop("model"), tmp_path / "out", **values)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_ends_with_one_line_and_has_help():
+    command = [sys.executable, str(ROOT / "training" / "published.py")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([*command, "DiT-XL/9"], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1 and ended.stderr.strip().splitlines()[-1].startswith("not measured: `model` is")
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0 and "--compare_with" in shown.stdout and "--reference_statistics" in shown.stdout
+
+
+@pytest.mark.parametrize("name", published.load_entries())
+def test_every_entry_has_a_recipe_in_the_published_mode_and_numbers_that_are_measured(name):
+    entry = published.load_entries()[name]
+    run = entry.run_config(None)
+    assert run.denoiser.conditioning == "published" and run.objective.learned_variance
+    assert entry.numbers.keys() <= {"fid", "inception_score"}

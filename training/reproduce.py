@@ -47,7 +47,6 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
     output, values = options.output / options.scale, {setting: defaultdict(list) for setting in settings}
     runs, parameters = [], {}
     calls = {setting: table.call(setting, config) for setting, config in configs.items()}
-    shared = {key: value for key, value in scorer.settings.items() if any(key not in call for call in calls.values())}
     for seed in options.seeds:
         for setting, config in configs.items():
             seeded = config.model_copy(update={"seed": seed})
@@ -68,7 +67,7 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         "parameters": parameters,
         "seconds_a_run": statistics.median(run["seconds"] for run in runs),
         "sampler": runs[0]["scheduler"],
-        "measured_with": shared,
+        "measured_with": scorer.settings,
         "calls": calls,
         **({"images": images_after_the_switch(folder)} if "curve" in table.measures else {}),
     }

@@ -10,7 +10,7 @@ from improved_ldm.provenance import write_json
 from reproduction.curves import curve_lines, plot_curves
 from reproduction.intervals import DESCRIPTION, compare, mean_and_interval
 from reproduction.measures import MEASURES
-from reproduction.tables import RECIPE, Table
+from reproduction.tables import CALL, RECIPE, Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -128,15 +128,15 @@ def _grids(columns: list[str], titles: list[str], cells: dict[str, list[str]]) -
 
 def _sampled(record: dict[str, Any]) -> str:
     """How the samples are made."""
-    if any(RECIPE in values["overrides"] for values in record["settings"].values()):
+    overrides = [values["overrides"] for values in record["settings"].values()]
+    if any(RECIPE in values for values in overrides):
         return "guidance, steps and sampler of each recipe"
-    return f"{_guidance(record)}, {record['measured_with']['num_inference_steps']} steps of {record['sampler']}"
-
-
-def _guidance(record: dict[str, Any]) -> str:
-    """The semantic guidance, where the rows are not about it."""
-    of_rows = any("call.guidance_scale" in values["overrides"] for values in record["settings"].values())
-    return "guidance as in the rows" if of_rows else f"guidance {record['measured_with']['guidance_scale']}"
+    guidance, steps = record["measured_with"]["guidance_scale"], record["measured_with"]["num_inference_steps"]
+    if any(f"{CALL}guidance_scale" in values for values in overrides):
+        guidance = "as in the rows"
+    if any(f"{CALL}num_inference_steps" in values for values in overrides):
+        return f"guidance {guidance}, steps and sampler as in the rows"
+    return f"guidance {guidance}, {steps} steps of {record['sampler']}"
 
 
 def measures_of(record: dict[str, Any]) -> list[str]:

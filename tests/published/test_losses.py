@@ -7,7 +7,6 @@ from tests.published.sources import SOURCES, numbers
 
 TOLERANCE = 1e-5
 LIKELIHOOD_TOLERANCE = 0.02  # of the bound at timestep 0, where differences of nearly equal float32 numbers remain
-WEIGHT_TOLERANCE = 5e-4  # of min-SNR weights at timestep 0, from ᾱ in float32
 STEPS = [(name, number) for name in SOURCES for number in range(4)]
 
 
@@ -15,9 +14,7 @@ def tolerance(name: str, number: int, term: str) -> float:
     """The tolerance of a term, the loss or the gradient norm at one of the recorded timesteps."""
     if numbers(name)["loss.timesteps"][number] > 0 or name == "ldm":
         return TOLERANCE
-    if term.endswith("mse"):
-        return WEIGHT_TOLERANCE if name == "mdt" else TOLERANCE
-    return LIKELIHOOD_TOLERANCE
+    return TOLERANCE if term.endswith("mse") else LIKELIHOOD_TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "number"), STEPS)

@@ -228,12 +228,12 @@ def batch_loss(
     missing = inner.inputs - {name for name, value in conditions.kwargs().items() if value is not None}
     if missing - {"encoder_attention_mask"}:  # None if every token counts
         raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
-    dropout, null = (training.semantic_dropout, training.control_dropout), (inner.config.num_classes,)
     loss = 0.0
     for number, further in enumerate(inner.training_passes(batch.latents, images.mask_level, images.mask_uniform)):
         noise = images.noise(batch.latents.shape[1:], number)
         noisy = objective.add_noise(batch.latents, noise, timestep)
-        seen = conditions.dropped(*images.dropped(*dropout, number), *null, inner.null_keeps_mask)
+        dropped = images.dropped(training.semantic_dropout, training.control_dropout, number)
+        seen = conditions.dropped(*dropped, inner.config.num_classes, inner.null_keeps_mask)
         with accelerator.autocast():
             prediction = denoiser(noisy, timestep, **seen.kwargs(), **further, return_dict=False)[0]
         loss = loss + objective_loss(objective, prediction, batch.latents, noise, timestep)

@@ -65,6 +65,10 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "max_tokens": "text.max_tokens",
     "learning_rate": "optimizer.learning_rate",
 }
+KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that only stages of one kind read
+    "class": ("label_column", "num_classes"),
+    "text": ("caption_column", "text_encoder", "max_tokens"),
+}
 
 
 def check_trackers(names: Collection[str]):
@@ -253,6 +257,29 @@ class RunConfig(SharedConfig):
         if "crop_then_resize" not in policies:
             decided.add("transform.min_crop")
         return decided | {"transform.target_scale"}
+
+    def stage_names(self) -> list[str]:
+        """The stages as messages name them."""
+        return [f"stage {number} of {len(self.stages)}" for number in range(1, len(self.stages) + 1)]
+
+    def stage_conditions(self, first: Condition) -> list[Condition]:
+        """The kind of condition of each stage; that of the first is `first` if it gives none.
+
+        Raises:
+            ValueError: if a stage gives a key that only stages of the other kind read.
+        """
+        kinds = []
+        for name, stage in zip(self.stage_names(), self.stages, strict=True):
+            kind = stage.condition or (kinds[-1] if kinds else first)
+            other: Condition = "class" if kind == "text" else "text"
+            ignored = [f"`{key}`" for key in KEYS_OF_CONDITIONS[other] if getattr(stage, key) is not None]
+            if ignored:
+                raise ValueError(
+                    f"{name}: {', '.join(ignored)} would be ignored, because its condition is {kind!r}; leave it out, "
+                    f"or give `condition: {other}`."
+                )
+            kinds.append(kind)
+        return kinds
 
     def of_stage(self, number: int) -> "RunConfig":
         """The configuration of a stage, counted from 0; the last one uses the run's own folder."""

@@ -41,10 +41,6 @@ from improved_ldm.transfer.conditions import ConditionChanges
 from improved_ldm.transfer.resolution import NoiseTransfer, resolution_change, transfer
 
 STAGES = "stages.yaml"  # the configuration of a whole run with stages
-KEYS_OF_CONDITIONS = {  # keys of a stage that only stages of one kind read
-    "class": ("label_column", "num_classes"),
-    "text": ("caption_column", "text_encoder", "max_tokens"),
-}
 
 
 class StageOrigin(Section):
@@ -132,8 +128,6 @@ def list_stages(config: RunConfig, condition: Condition) -> list[Stage]:
             another list of stages.
     """
     stages = _listed_stages(config, condition)
-    for stage, given in zip(stages, config.stages, strict=False):
-        _check_keys(stage, given)
     _check_list(config, condition, stages)
     return stages
 
@@ -141,11 +135,10 @@ def list_stages(config: RunConfig, condition: Condition) -> list[Stage]:
 def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
     if not config.stages:
         return [Stage(0, config, condition, lineage=_source_lineage(config))]
-    names = [f"stage {number} of {len(config.stages)}" for number in range(1, len(config.stages) + 1)]
-    condition = config.stages[0].condition or condition
-    stages = [Stage(0, config.of_stage(0), condition, names[0], _source_lineage(config))]
+    names, kinds = config.stage_names(), config.stage_conditions(condition)
+    stages = [Stage(0, config.of_stage(0), kinds[0], names[0], _source_lineage(config))]
     for number, switch in enumerate(config.stages[1:], 1):
-        previous, now, condition = stages[-1].config, config.of_stage(number), switch.condition or stages[-1].condition
+        previous, now = stages[-1].config, config.of_stage(number)
         sizes, guidance_scale = (previous.transform.resolution, switch.resolution), previous.sampling.guidance_scale
         if switch.guidance == "rescale":
             guidance_scale = rescaled_guidance_scale(guidance_scale, *sizes)
@@ -153,7 +146,7 @@ def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
             source=previous.output_dir,
             steps=previous.training.steps,
             resolution=sizes,
-            condition=None if condition == stages[-1].condition else (stages[-1].condition, condition),
+            condition=None if kinds[number] == kinds[number - 1] else (kinds[number - 1], kinds[number]),
             **switch.model_dump(include={"positions", "noise", "optimizer", "average"}),
         )
         sampling = now.sampling.model_copy(update={"guidance_scale": guidance_scale})
@@ -165,19 +158,8 @@ def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
         # how the conditions change is known when the stage begins
         record = lineage_record(**{**origin.model_dump(mode="json", exclude={"condition"}), **change})
         lineage = (*stages[-1].lineage, record)
-        stages.append(Stage(number, begun, condition, names[number], lineage, switch, previous))
+        stages.append(Stage(number, begun, kinds[number], names[number], lineage, switch, previous))
     return stages
-
-
-def _check_keys(stage: Stage, given: StageConfig):
-    """Raise a ValueError for a key that a stage gives and does not read."""
-    for kind, keys in KEYS_OF_CONDITIONS.items():
-        ignored = [f"`{key}`" for key in keys if kind != stage.condition and getattr(given, key) is not None]
-        if ignored:
-            raise ValueError(
-                f"{stage.name}: {', '.join(ignored)} would be ignored, because its condition is {stage.condition!r}; "
-                f"leave it out, or give `condition: {kind}`."
-            )
 
 
 def _check_list(config: RunConfig, condition: Condition, stages: list[Stage]):
@@ -335,8 +317,8 @@ def _changes_before(stage: Stage) -> dict[str, Any]:
     """What was recorded of a change of conditions when a stage began; without its record, the conditions alone."""
     if stage.conditions is None:
         return {}
-    file = kept_file(stage.folder / "checkpoints", SWITCH)
-    record = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    file = kept_file(stage.folder / "checkpoints", SWITCH) or stage.folder / SWITCH
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {"conditions": list(stage.conditions.described), **record}
 
 

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from improved_ldm.places import shareable_place
 
 INDEX = DiffusionPipeline.config_name  # model_index.json
+CHANGES = ("conditions", "parameters", "moments", "averages", "classes")  # keys of a change of conditions
 
 
 def lineage_record(source: str | Path | None, **change: Any) -> dict[str, Any]:
@@ -22,6 +23,23 @@ def lineage_record(source: str | Path | None, **change: Any) -> dict[str, Any]:
         The record as it stands next to the weights, without local folders.
     """
     return {"source": source and shareable_place(str(source)), **change}
+
+
+def conditions_lines(record: dict[str, Any]) -> list[str]:
+    """What a change of conditions keeps and what begins anew, in words; nothing if a record has no such change."""
+    if "conditions" not in record:
+        return []
+    lines = ["conditions: " + " to ".join(record["conditions"])]
+    for part, groups in record.get("parameters", {}).items():
+        named = ", ".join(f"{group} {count:,}" for group, count in groups.items())
+        name = "parameters that start at zero" if part == "zero" else f"{part} parameters"
+        lines.append(f"{name}: {sum(groups.values()):,}" + f" ({named})" * bool(named))
+    for what, name in (("moments", "moments of the optimizer"), ("averages", "averages of the weights")):
+        if counts := record.get(what):
+            lines.append(f"{name}: kept for {counts['kept']:,} parameters, new for {counts['new']:,}")
+    if classes := record.get("classes"):
+        lines.append("classes: " + ", ".join(f"{count:,} {part}" for part, count in classes.items()))
+    return lines
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:

@@ -26,8 +26,22 @@ def naming_keys(**keys: str) -> Iterator[None]:
         message = re.sub(r"`(\w+)`", lambda match: f"`{keys.get(match[1], match[1])}`", str(error))
         if message == str(error):
             raise
-        kinds = (FileNotFoundError, OSError, ValueError)
-        raise next(kind for kind in kinds if isinstance(error, kind))(message) from error
+        raise _same_kind(error)(message) from error
+
+
+@contextmanager
+def naming_part(part: str) -> Iterator[None]:
+    """Begin errors with the part of a run that they are about; nothing is added if it is empty."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not part:
+            raise
+        raise _same_kind(error)(f"{part}: {error}") from error
+
+
+def _same_kind(error: OSError | ValueError) -> type[OSError | ValueError]:
+    return next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODE_AT = {"read_text": None, "write_text": None, "NamedTemporaryFile": 0, "TemporaryFile": 0, "fdopen": 1}
 BINARY = {"NamedTemporaryFile", "TemporaryFile"}  # their default mode
-# Modules and classes whose `open` does not open text files; `_Shard` is a `TarFile`.
-OTHER_OPENERS = {"Image", "_Shard", "fsspec", "os", "tarfile", "webbrowser", "zipfile"}
+# Modules and classes whose `open` does not open text files; `_Shard` is a `TarFile`, `members` a `ZipFile`.
+OTHER_OPENERS = {"Image", "_Shard", "fsspec", "members", "os", "tarfile", "webbrowser", "zipfile"}
 
 
 def without_encoding(source: str) -> Iterator[int]:

@@ -20,7 +20,6 @@ import torch
 
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.provenance import launch_command
-from improved_ldm.trainer.semantic import ClassSemantic, TextSemantic
 from improved_ldm.trainer.train_stages import train_stages
 from reproduction.curves import images_after_the_switch
 from reproduction.measures import Scorer
@@ -31,8 +30,8 @@ from reproduction.tables import SCALES, Table, load_tables
 
 RESULTS_HELP = "folder for the tables; those of this repository are in training/results"
 TRAINERS = {
-    "train_t2i": partial(train_stages, semantic_type=TextSemantic),
-    "train_class_conditional": partial(train_stages, semantic_type=ClassSemantic),
+    "train_t2i": partial(train_stages, condition="text"),
+    "train_class_conditional": partial(train_stages, condition="class"),
 }
 
 

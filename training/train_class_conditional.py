@@ -1,4 +1,4 @@
-"""Train a class-conditional model.
+"""Train a class-conditional model; stages of the run may change the kind of condition.
 
 Usage: accelerate launch training/train_class_conditional.py [--config FILE] [--section.key value …]
 
@@ -12,7 +12,6 @@ from improved_ldm.exits import exit_on_error
 from improved_ldm.settings import parse_config_or_exit
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.lock import released_locks
-from improved_ldm.trainer.semantic import ClassSemantic
 from improved_ldm.trainer.train_stages import train_stages
 
 DEFAULT = Path(__file__).parent / "configs" / "fashion_classes.yaml"
@@ -20,7 +19,7 @@ DEFAULT = Path(__file__).parent / "configs" / "fashion_classes.yaml"
 
 def main(argv: list[str]):
     with released_locks():
-        train_stages(parse_config_or_exit(RunConfig, argv, DEFAULT), ClassSemantic)
+        train_stages(parse_config_or_exit(RunConfig, argv, DEFAULT), "class")
 
 
 if __name__ == "__main__":

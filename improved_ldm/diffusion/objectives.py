@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.training_utils import compute_snr
 
 from improved_ldm.diffusion.bound import VariationalBound
 from improved_ldm.diffusion.schedules import (
@@ -52,6 +51,8 @@ class VariancePreservingObjective:
         if learned_variance:
             self.scheduler = variance_preserving_sampler(self.scheduler.config, "ddpm", learned_variance=True)
             self.bound = VariationalBound(self.scheduler.betas)
+        alphas_cumprod = (1 - self.scheduler.betas.double()).cumprod(0)  # float32 rounds 1 - ᾱ at the first timesteps
+        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).clamp(min=1e-8).float()  # 0 at a zero terminal SNR
 
     def sampling_scheduler(
         self, sampler: SamplerName | None = None, timestep_spacing: TimestepSpacing | None = None
@@ -105,7 +106,8 @@ class VariancePreservingObjective:
         """(batch,) weights of the squared error."""
         if self.loss_weighting == "uniform":
             return torch.ones_like(timestep, dtype=torch.float32)
-        snr = compute_snr(self.scheduler, timestep).clamp(min=1e-8)  # 0 at a zero terminal SNR
+        self.snr = self.snr.to(timestep.device)
+        snr = self.snr[timestep]
         return snr.clamp(max=5.0) / (snr if self.prediction == "epsilon" else snr + 1)
 
     def losses(

@@ -67,11 +67,16 @@ def _rounded_radii(features: torch.Tensor, nearest_k: int) -> torch.Tensor:
     radii = []
     for rows in _blocks(len(features)):
         nearest = [  # the smallest of each block; the nearest neighbour is the sample itself
-            _squared_distances(features[rows], features[columns]).sort(1).values[:, : nearest_k + 1]
+            _smallest(_squared_distances(features[rows], features[columns]), nearest_k + 1)
             for columns in _blocks(len(features))
         ]
-        radii.append(torch.cat(nearest, 1).kthvalue(nearest_k + 1, dim=1).values)
+        radii.append(_smallest(torch.cat(nearest, 1), nearest_k + 1).amax(1))
     return torch.cat(radii)
+
+
+def _smallest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The smallest values (rows, ≤ count) of each row, in any order."""
+    return values.topk(min(count, values.shape[1]), largest=False, sorted=False).values
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

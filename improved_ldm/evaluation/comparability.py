@@ -1,7 +1,6 @@
 """With which published numbers the scores of an evaluation compare, and which scores compare with each other."""
 
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from improved_ldm.evaluation.meaning import is_inception, reference_of
@@ -44,7 +43,8 @@ def adm_comparison(evaluation: dict[str, Any]) -> str:
         reasons.append(f"nearest_k {settings['nearest_k']}, not {ADM_SCORES['nearest_k']}")
     if reasons:
         return f"Does not compare with numbers of the ADM suite: {'; '.join(reasons)}."
-    reference, network = PurePath(reference_of(evaluation, "fid")["source"]).name, evaluation["features"]["name"]
+    reference = reference_of(evaluation, "fid")["source"].removeprefix(".../")
+    network = evaluation["features"]["name"]
     weights = "" if network == ADM_KEYS["features"] else f", with the weights of {network}"
     return f"FID as the ADM suite computes it: {count:,} samples, labels {labels}, reference {reference}{weights}."
 

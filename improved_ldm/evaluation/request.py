@@ -115,7 +115,7 @@ KEYS_WITHOUT_EFFECT_ON_SCORES = {
 }
 KEYS_UNUSED_IN_SWEEP = {"obedience", "perceptual", "update_card"}
 # Keys that select or read the images of `data`.
-DATA_KEYS = {"split", "name", "image_column", "caption_column", "label_column", "num_reference_images"}
+IMAGE_KEYS = {"split", "name", "image_column", "caption_column", "label_column", "num_reference_images"}
 # Keys that control sampling, and that existing images do not depend on.
 SAMPLING_KEYS = {
     "num_samples",
@@ -173,7 +173,7 @@ def _check_references(config: EvaluateConfig):
     if config.data is None:
         if config.reference_statistics is None:
             raise ValueError("give `data`, the reference images, or `reference_statistics`; neither was given.")
-        unused = config.model_fields_set & (DATA_KEYS | {"write_statistics"})
+        unused = config.model_fields_set & (IMAGE_KEYS | {"write_statistics"})
         if unused:
             raise ValueError(f"`{min(unused)}` is given, but there is no `data` that it would apply to.")
     if config.write_statistics is not None and config.write_statistics.suffix != ".npz":

@@ -15,6 +15,7 @@ from improved_ldm.conditioning.control import INPUTS_OF_PARTS, variables_read
 from improved_ldm.evaluation.meaning import judged_noise, judged_notes, score_noise, score_notes
 from improved_ldm.evaluation.measures import Measure, judged_measure, score_measure
 from improved_ldm.hub.eval_results import EVAL_RESULTS, conditions, judged_results, score_results, write_entries
+from improved_ldm.lineage import CHANGES, conditions_lines
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import is_hub_id, shareable_place
 
@@ -288,12 +289,15 @@ def _table(
 
 def _lineage_line(record: dict[str, Any]) -> str:
     """A record of the lineage in words."""
-    source, details = record["source"] or "a model in memory", {**record}
-    details.pop("source")
+    source = record["source"] or "a model in memory"
+    details = {name: value for name, value in record.items() if name not in ("source", *CHANGES)}
     if "resolution" in details:
         low, high = details.pop("resolution")
         details = {"pixels": f"{low} to {high}", **details}
-    return ", ".join([f"`{source}`", *(f"{name} {value}" for name, value in details.items())])
+    if "data" in details:
+        details["data"] = " to ".join(f"`{place}`" for place in details["data"])
+    line = ", ".join([f"`{source}`", *(f"{name} {value}" for name, value in details.items())])
+    return "; ".join([line, *conditions_lines(record)])
 
 
 def _format(value) -> str:

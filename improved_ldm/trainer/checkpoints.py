@@ -21,7 +21,8 @@ from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.processes import on_main_process
 
 CONFIG, HISTORY, DATA = "config.yaml", "history.jsonl", "data.json"
-KEPT = (HISTORY, DATA)  # files of the run's folder of which checkpoints hold a copy
+SWITCH = "switch.json"  # what a stage keeps of the stage before, if its conditions are others
+KEPT = (HISTORY, DATA, SWITCH)  # files of the run's folder of which checkpoints hold a copy
 RECORD = "checkpoint.json"
 NEEDED = ("ema.safetensors", "data-rank0.json")  # files that a checkpoint without a manifest must have
 

@@ -14,7 +14,7 @@ from improved_ldm.models.family import denoiser_class, preset
 from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.trainer.components import build_denoiser, check_max_tokens, check_resolution
-from improved_ldm.trainer.config import DenoiserConfig, RunConfig
+from improved_ldm.trainer.config import Condition, DenoiserConfig, RunConfig
 
 ANY_DIM = 8  # stands for the sizes of conditions, which are known only after loading data and text encoder
 BYTES = 4  # per weight
@@ -26,22 +26,23 @@ class _ModelConfig(ConfigMixin):
     config_name = "config.json"
 
 
-def check_models(configs: Sequence[RunConfig], takes_text: bool):
+def check_models(configs: Sequence[RunConfig], conditions: Sequence[Condition]):
     """Raise a ValueError for models that are not available or cannot be built.
 
     Args:
-        configs: configurations of the stages, in order; their models differ only in resolution.
-        takes_text: whether the denoiser reads text instead of classes.
+        configs: configurations of the stages, in order; their models differ only in resolution and conditions.
+        conditions: kind of condition of each stage.
     """
     config = configs[0]
     with loading("autoencoder.pretrained", config.autoencoder.pretrained), torch.device("meta"):
         source = resolve(config.autoencoder.pretrained)
         vae = AutoModel.from_config(_ModelConfig.load_config(source, subfolder=config.autoencoder.subfolder))
         factor = spatial_factor(vae)
-    if takes_text:
-        with loading("text.pretrained", config.text.pretrained):
-            text = AutoConfig.from_pretrained(resolve(config.text.pretrained))
-        check_max_tokens(config.text, getattr(text, "text_config", text))
+    texts = [stage.text for stage, condition in zip(configs, conditions, strict=True) if condition == "text"]
+    for text in dict.fromkeys(texts):
+        with loading("text.pretrained", text.pretrained):
+            encoder = AutoConfig.from_pretrained(resolve(text.pretrained))
+        check_max_tokens(text, getattr(encoder, "text_config", encoder))
     if config.evaluation.judge is not None:
         with loading("evaluation.judge", config.evaluation.judge):
             if load_judge(config.evaluation.judge) is None:
@@ -51,16 +52,17 @@ def check_models(configs: Sequence[RunConfig], takes_text: bool):
             _ModelConfig.load_config(config.denoiser.pretrained, subfolder=config.denoiser.subfolder)
         return
     _check_parameters(_least_parameters(config.denoiser))
-    denoiser = _without_weights(config, vae, takes_text)
-    _check_parameters(denoiser.num_parameters())
+    for condition in dict.fromkeys(conditions):
+        denoiser = _without_weights(config, vae, condition)
+        _check_parameters(denoiser.num_parameters())
     what = "`transform.resolution`" if len(configs) == 1 else "`resolution` of a stage"
     for stage in configs:
         check_resolution(stage, factor * denoiser.patch_size, what)
 
 
-def _without_weights(config: RunConfig, vae: torch.nn.Module, takes_text: bool) -> Denoiser:
+def _without_weights(config: RunConfig, vae: torch.nn.Module, condition: Condition) -> Denoiser:
     names = ("num_classes",)
-    if takes_text:
+    if condition == "text":
         names = denoiser_class(config.denoiser.name).text_arguments(config.denoiser.conditioning)
     try:
         with torch.device("meta"):

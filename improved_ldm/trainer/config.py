@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import Field, model_validator
 
-from improved_ldm.bounds import SHAREABLE, BatchSize, Count, Pixels, Place, Positive, Seed, Text, Width
+from improved_ldm.bounds import SHAREABLE, BatchSize, Classes, Count, Pixels, Place, Positive, Seed, Text, Width
 from improved_ldm.data.transforms import CropPolicy
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
@@ -48,6 +48,7 @@ __all__ = [
 
 MAX_STAGES = 100
 Carry = Literal["carry", "reset"]
+Condition = Literal["class", "text"]  # kinds of semantic condition
 STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "resolution": "transform.resolution",
     "steps": "training.steps",
@@ -55,6 +56,13 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "crop_policy": "transform.crop_policy",
     "source": "data.source",
     "split": "data.split",
+    "name": "data.name",
+    "image_column": "data.image_column",
+    "caption_column": "data.caption_column",
+    "label_column": "data.label_column",
+    "num_classes": "data.num_classes",
+    "text_encoder": "text.pretrained",
+    "max_tokens": "text.max_tokens",
     "learning_rate": "optimizer.learning_rate",
 }
 
@@ -154,10 +162,26 @@ class StageConfig(Section):
     """Images per process and micro-batch."""
     crop_policy: CropPolicy | None = None
     """Crop policy; `crop_at_target_scale` crops at the scale of the last stage."""
+    condition: Condition | None = None
+    """What images are conditioned on; default: as in the stage before, and in the first stage as the script says."""
     source: Place | None = None
     """Images of the stage, as in `data.source`."""
     split: Text | None = None
     """Split of that set."""
+    name: Text | None = None
+    """Configuration of a Hub dataset that has several."""
+    image_column: Text | None = None
+    """Column of the images."""
+    caption_column: Text | None = None
+    """Column of the captions, in a stage with text."""
+    label_column: Text | None = None
+    """Column of the class labels, in a stage with classes."""
+    num_classes: Classes | None = None
+    """Number of classes, in a stage with classes whose set does not name them."""
+    text_encoder: Place | None = None
+    """Text encoder, as in `text.pretrained`, in a stage with text."""
+    max_tokens: Width | None = None
+    """Number of tokens per prompt, in a stage with text."""
     learning_rate: Positive | None = None
     """Peak learning rate."""
     positions: PositionTransfer = "resample"
@@ -233,26 +257,15 @@ class RunConfig(SharedConfig):
     def of_stage(self, number: int) -> "RunConfig":
         """The configuration of a stage, counted from 0; the last one uses the run's own folder."""
         stage, last = self.stages[number], number == len(self.stages) - 1
-        policy = stage.crop_policy or self.transform.crop_policy
         folder = Path(self.output_dir) / f"stage-{number + 1}-{stage.resolution}"
-        changes = {
-            "output_dir": self.output_dir if last else folder.as_posix(),
-            "data": {"source": stage.source, "split": stage.split},
-            "transform": {
-                "resolution": stage.resolution,
-                "crop_policy": policy,
-                "min_crop": None if policy == "crop_then_resize" else 1.0,  # the other policies have one size
-            },
-            "optimizer": {"learning_rate": stage.learning_rate},
-            "training": {"steps": stage.steps, "batch_size": stage.batch_size},
-            "stages": (),
-        }
-        values = self.model_dump()
-        for section, change in changes.items():
-            if isinstance(change, dict):
-                values[section] |= {key: value for key, value in change.items() if value is not None}
-            else:
-                values[section] = change
-        at_target = policy == "crop_at_target_scale"
-        values["transform"]["target_scale"] = self.stages[-1].resolution if at_target else None
+        values = self.model_dump() | {"output_dir": self.output_dir if last else folder.as_posix(), "stages": ()}
+        for field, key in STAGE_KEYS.items():
+            section, _, name = key.partition(".")
+            if (value := getattr(stage, field)) is not None:
+                values[section][name] = value
+        transform = values["transform"]
+        if transform["crop_policy"] != "crop_then_resize":  # the other policies have one size
+            transform["min_crop"] = 1.0
+        at_target = transform["crop_policy"] == "crop_at_target_scale"
+        transform["target_scale"] = self.stages[-1].resolution if at_target else None
         return RunConfig.model_validate(values)

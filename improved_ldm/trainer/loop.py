@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -54,12 +54,14 @@ class Start:
         objective: training objective, with its noise schedule.
         averaged: average of the weights; None starts it from the weights.
         optimizer_state: moments of a model with the same parameters; those whose shape differs start from scratch.
+        changes: what a change of conditions keeps and what begins anew, for the lineage; empty if there is none.
     """
 
     denoiser: Denoiser
     objective: Objective
     averaged: Denoiser | None = None
     optimizer_state: dict[str, Any] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,12 +228,12 @@ def batch_loss(
     missing = inner.inputs - {name for name, value in conditions.kwargs().items() if value is not None}
     if missing - {"encoder_attention_mask"}:  # None if every token counts
         raise ValueError(f"the batch lacks {', '.join(sorted(missing))}, which the denoiser reads.")
-    dropout, null = (training.semantic_dropout, training.control_dropout), (inner.config.num_classes,)
     loss = 0.0
     for number, further in enumerate(inner.training_passes(batch.latents, images.mask_level, images.mask_uniform)):
         noise = images.noise(batch.latents.shape[1:], number)
         noisy = objective.add_noise(batch.latents, noise, timestep)
-        seen = conditions.dropped(*images.dropped(*dropout, number), *null, inner.null_keeps_mask)
+        dropped = images.dropped(training.semantic_dropout, training.control_dropout, number)
+        seen = conditions.dropped(*dropped, inner.config.num_classes, inner.null_keeps_mask)
         with accelerator.autocast():
             prediction = denoiser(noisy, timestep, **seen.kwargs(), **further, return_dict=False)[0]
         loss = loss + objective_loss(objective, prediction, batch.latents, noise, timestep)

@@ -1,14 +1,17 @@
-"""What a model samples, by prompt or by class: everything in which the two kinds of run differ."""
+"""What a model samples, by prompt or by class: everything in which the two kinds of stage differ."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.data.sources import Rows
+from improved_ldm.places import shareable_place
 from improved_ldm.trainer.batches import Survey
 from improved_ldm.trainer.components import load_text_encoder, text_dims
-from improved_ldm.trainer.config import DataConfig, RunConfig
+from improved_ldm.trainer.config import Condition, RunConfig
 from improved_ldm.trainer.grids import diverse_prompts
 
 PROMPT_ROWS, CLASS_ROWS = 8, 10  # rows of a grid of samples
@@ -18,17 +21,26 @@ class ClassSemantic:
     """Classes, from the labels of the data.
 
     Args:
-        config: configuration of the whole run.
-        data: the opened sets of its stages.
+        config: configuration of the stage.
+        rows: its opened set.
 
     Raises:
-        ValueError: if the number of classes is not known, or the sets do not agree on their classes.
+        ValueError: if the number of classes is not known.
     """
 
     takes_text = False
 
-    def __init__(self, config: RunConfig, data: list[Rows]):
-        self.num_classes, self.class_names = _agreed_classes(config.data, data)
+    def __init__(self, config: RunConfig, rows: Rows):
+        self.config, self.class_names = config, rows.class_names
+        self.num_classes = len(rows.class_names or ()) or config.data.num_classes
+        if self.num_classes is None:
+            column = config.data.label_column
+            raise ValueError(f"column {column!r} does not name its classes: give `--data.num_classes`.")
+
+    @property
+    def described(self) -> str:
+        """The condition in words."""
+        return f"{self.num_classes:,} classes"
 
     def load_encoder(self, vae: ModelMixin) -> SampleEncoder:
         """An encoder of images that keeps the labels of a batch; a class needs no model."""
@@ -51,19 +63,25 @@ class TextSemantic:
     """Prompts, from the captions of the data.
 
     Args:
-        config: configuration of the whole run.
-        data: the opened sets of its stages.
+        config: configuration of the stage.
+        rows: its opened set.
     """
 
     takes_text = True
+    class_names = None
 
-    def __init__(self, config: RunConfig, data: list[Rows]):
+    def __init__(self, config: RunConfig, rows: Rows):
         self.config = config
 
+    @property
+    def described(self) -> str:
+        """The condition in words."""
+        return f"text of {shareable_place(self.config.text.pretrained)}"
+
     def load_encoder(self, vae: ModelMixin) -> SampleEncoder:
-        """An encoder of the images and captions of a batch, on the device of the autoencoder."""
+        """An encoder of the images and captions of a batch; `use_encoder` puts it on the device."""
         tokenizer, text_encoder = load_text_encoder(self.config.text)
-        return SampleEncoder(vae, tokenizer, text_encoder.to(vae.device), self.config.text.max_tokens)
+        return SampleEncoder(vae, tokenizer, text_encoder, self.config.text.max_tokens)
 
     def conditions(self, encoder: SampleEncoder) -> dict[str, int]:
         """What a denoiser is told of its conditions."""
@@ -86,6 +104,25 @@ class TextSemantic:
 
 
 Semantic = ClassSemantic | TextSemantic
+SEMANTICS: dict[Condition, type[Semantic]] = {"class": ClassSemantic, "text": TextSemantic}
+
+
+def load_encoders(semantics: Sequence[Semantic], vae: ModelMixin) -> list[SampleEncoder]:
+    """The encoder of each stage; stages with the same text encoder share one."""
+    loaded = {}
+    keys = [semantic.config.text if semantic.takes_text else None for semantic in semantics]
+    for key, semantic in zip(keys, semantics, strict=True):
+        if key not in loaded:
+            loaded[key] = semantic.load_encoder(vae)
+    return [loaded[key] for key in keys]
+
+
+def use_encoder(encoders: Sequence[SampleEncoder], number: int, device: torch.device) -> SampleEncoder:
+    """The encoder of a stage, with its text encoder on a device; those of other stages wait on the CPU."""
+    for encoder in encoders:
+        if encoder.text_encoder is not None:
+            encoder.text_encoder.to(device if encoder is encoders[number] else "cpu")
+    return encoders[number]
 
 
 def prompt_rows(prompts: tuple[str, ...] | None, encoder: SampleEncoder, survey: Survey) -> list[str]:
@@ -96,15 +133,3 @@ def prompt_rows(prompts: tuple[str, ...] | None, encoder: SampleEncoder, survey:
 def class_rows(num_classes: int) -> list[int]:
     """The first labels."""
     return list(range(min(CLASS_ROWS, num_classes)))
-
-
-def _agreed_classes(config: DataConfig, data: list[Rows]) -> tuple[int, list[str] | None]:
-    """The number and the names of the classes, the same for the sets of all stages."""
-    counts = {len(rows.class_names or ()) or config.num_classes for rows in data}
-    if counts == {None}:
-        raise ValueError(f"column {config.label_column!r} does not name its classes: give `--data.num_classes`.")
-    if len(counts) > 1:
-        raise ValueError(f"the stages' sets have {', '.join(map(str, counts))} classes; the numbers must be equal.")
-    if any(rows.class_names != data[0].class_names for rows in data):
-        raise ValueError("the stages' sets name their classes differently; a label must mean the same in all of them.")
-    return counts.pop(), data[0].class_names

@@ -1,6 +1,7 @@
 """The stages of a run: the configuration of each, and what it starts from."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,39 @@ import yaml
 from improved_ldm.bounds import Count, Pixels, Place
 from improved_ldm.conditioning.guidance import rescaled_guidance_scale
 from improved_ldm.diffusion.objectives import Objective
-from improved_ldm.lineage import lineage_record, read_lineage
+from improved_ldm.lineage import conditions_lines, lineage_record, read_lineage
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.positions import PositionTransfer
+from improved_ldm.naming import naming_part
+from improved_ldm.places import shareable_place
+from improved_ldm.provenance import write_json
 from improved_ldm.settings import Section
 from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.checkpoints import (
+    SWITCH,
     checkpoint_path,
     checkpoint_steps,
+    kept_file,
     newest_whole,
     read_weights,
     write_config,
 )
 from improved_ldm.trainer.components import check_resolution
-from improved_ldm.trainer.config import Carry, RunConfig, StageConfig
+from improved_ldm.trainer.config import Carry, Condition, RunConfig, StageConfig
 from improved_ldm.trainer.lock import lock_folder
 from improved_ldm.trainer.loop import Start
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run, start_run
 from improved_ldm.trainer.same_run import check_same_run
+from improved_ldm.trainer.switch import ConditionSwitch, changes_record, kept_moments
+from improved_ldm.transfer.conditions import ConditionChanges
 from improved_ldm.transfer.resolution import NoiseTransfer, resolution_change, transfer
 
 STAGES = "stages.yaml"  # the configuration of a whole run with stages
+KEYS_OF_CONDITIONS = {  # keys of a stage that only stages of one kind read
+    "class": ("label_column", "num_classes"),
+    "text": ("caption_column", "text_encoder", "max_tokens"),
+}
 
 
 class StageOrigin(Section):
@@ -44,6 +56,8 @@ class StageOrigin(Section):
     """Optimizer steps of the stage before."""
     resolution: tuple[Pixels, Pixels]
     """Resolutions of the stage before and of the stage, in pixels."""
+    condition: tuple[Condition, Condition] | None = None
+    """Kinds of condition of the stage before and of the stage, if they differ."""
     positions: PositionTransfer
     """How positions of patches change."""
     noise: NoiseTransfer
@@ -68,16 +82,22 @@ class Stage:
     Args:
         number: number of the stage, counted from 0.
         config: configuration of the stage alone.
+        condition: what its images are conditioned on.
+        name: number of the stage and of all stages, for messages; empty without stages.
         lineage: what its weights are made from, for the pipeline.
         switch: settings of the switch from the stage before; None in the first stage.
         previous: configuration of the stage before; None in the first stage.
+        conditions: change of the conditions from the stage before; None if they stay as they are.
     """
 
     number: int
     config: RunConfig
+    condition: Condition
+    name: str = ""
     lineage: tuple[dict[str, Any], ...] = ()
     switch: StageConfig | None = None
     previous: RunConfig | None = None
+    conditions: ConditionSwitch | None = None
 
     @property
     def folder(self) -> Path:
@@ -100,23 +120,32 @@ class Stage:
         return newest_whole(self.folder / "checkpoints", say=lambda _: None) or 0
 
 
-def list_stages(config: RunConfig) -> list[Stage]:
+def list_stages(config: RunConfig, condition: Condition) -> list[Stage]:
     """The stages of a configuration; a single one if it names none.
 
+    Args:
+        config: configuration of the whole run.
+        condition: kind of condition of the first stage if that gives none.
+
     Raises:
-        ValueError: if the folder holds a run that has started another list of stages.
+        ValueError: if a stage gives a key of the other kind of condition, or the folder holds a run that has started
+            another list of stages.
     """
-    stages = _listed_stages(config)
-    _check_list(config, stages)
+    stages = _listed_stages(config, condition)
+    for stage, given in zip(stages, config.stages, strict=False):
+        _check_keys(stage, given)
+    _check_list(config, condition, stages)
     return stages
 
 
-def _listed_stages(config: RunConfig) -> list[Stage]:
+def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
     if not config.stages:
-        return [Stage(0, config, _source_lineage(config))]
-    stages = [Stage(0, config.of_stage(0), _source_lineage(config))]
+        return [Stage(0, config, condition, lineage=_source_lineage(config))]
+    names = [f"stage {number} of {len(config.stages)}" for number in range(1, len(config.stages) + 1)]
+    condition = config.stages[0].condition or condition
+    stages = [Stage(0, config.of_stage(0), condition, names[0], _source_lineage(config))]
     for number, switch in enumerate(config.stages[1:], 1):
-        previous, now = stages[-1].config, config.of_stage(number)
+        previous, now, condition = stages[-1].config, config.of_stage(number), switch.condition or stages[-1].condition
         sizes, guidance_scale = (previous.transform.resolution, switch.resolution), previous.sampling.guidance_scale
         if switch.guidance == "rescale":
             guidance_scale = rescaled_guidance_scale(guidance_scale, *sizes)
@@ -124,19 +153,36 @@ def _listed_stages(config: RunConfig) -> list[Stage]:
             source=previous.output_dir,
             steps=previous.training.steps,
             resolution=sizes,
+            condition=None if condition == stages[-1].condition else (stages[-1].condition, condition),
             **switch.model_dump(include={"positions", "noise", "optimizer", "average"}),
         )
         sampling = now.sampling.model_copy(update={"guidance_scale": guidance_scale})
         begun = LaterStageConfig(**{**now.model_dump(), "sampling": sampling}, after=origin)
         change = resolution_change(*sizes, switch.positions, switch.noise, switch.guidance)
-        lineage = (*stages[-1].lineage, lineage_record(**{**origin.model_dump(mode="json"), **change}))
-        stages.append(Stage(number, begun, lineage, switch, previous))
+        sources = [shareable_place(one.data.source) for one in (previous, now)]
+        if sources[0] != sources[1]:
+            change["data"] = sources
+        # how the conditions change is known when the stage begins
+        record = lineage_record(**{**origin.model_dump(mode="json", exclude={"condition"}), **change})
+        lineage = (*stages[-1].lineage, record)
+        stages.append(Stage(number, begun, condition, names[number], lineage, switch, previous))
     return stages
 
 
-def _check_list(config: RunConfig, stages: list[Stage]):
+def _check_keys(stage: Stage, given: StageConfig):
+    """Raise a ValueError for a key that a stage gives and does not read."""
+    for kind, keys in KEYS_OF_CONDITIONS.items():
+        ignored = [f"`{key}`" for key in keys if kind != stage.condition and getattr(given, key) is not None]
+        if ignored:
+            raise ValueError(
+                f"{stage.name}: {', '.join(ignored)} would be ignored, because its condition is {stage.condition!r}; "
+                f"leave it out, or give `condition: {kind}`."
+            )
+
+
+def _check_list(config: RunConfig, condition: Condition, stages: list[Stage]):
     """Raise a ValueError if stages that have started differ; those that have not may change."""
-    before = _earlier_list(config)
+    before = _earlier_list(config, condition)
     begun = [stage.folder for stage in before if stage.has_begun]
     if begun != [stage.folder for stage in stages[: len(begun)]]:
         was, now = (
@@ -149,16 +195,16 @@ def _check_list(config: RunConfig, stages: list[Stage]):
         )
 
 
-def _earlier_list(config: RunConfig) -> list[Stage]:
+def _earlier_list(config: RunConfig, condition: Condition) -> list[Stage]:
     """The stages of the run in the folder; none if its record of them is damaged."""
     file, without_stages = Path(config.output_dir) / STAGES, config.model_copy(update={"stages": ()})
     if not file.exists():
-        return _listed_stages(without_stages)
+        return _listed_stages(without_stages, condition)
     try:
         kept = RunConfig.model_validate(yaml.safe_load(file.read_bytes()))
     except (ValueError, yaml.YAMLError):  # damaged; each stage is still compared with its own checkpoints
         return []
-    return _listed_stages(kept.model_copy(update={"output_dir": config.output_dir}))
+    return _listed_stages(kept.model_copy(update={"output_dir": config.output_dir}), condition)
 
 
 def _source_lineage(config: RunConfig) -> tuple[dict[str, Any], ...]:
@@ -169,7 +215,7 @@ def _source_lineage(config: RunConfig) -> tuple[dict[str, Any], ...]:
     return tuple(lineage_record(**record) for record in (*read_lineage(Path(source)), {"source": source}))
 
 
-def check_stages(stages: list[Stage], denoiser: Denoiser, factor: int):
+def check_stages(stages: Sequence[Stage], denoiser: Denoiser, factor: int):
     """Raise a ValueError if a stage cannot start, before the first one does.
 
     Args:
@@ -183,10 +229,13 @@ def check_stages(stages: list[Stage], denoiser: Denoiser, factor: int):
         check_resolution(stage.config, factor * denoiser.patch_size, "`resolution` of a stage")
         if stage.switch is not None:
             denoiser.resized_positions(stage.config.transform.resolution // factor, stage.switch.positions)
+        if stage.conditions is not None:
+            with naming_part(stage.name):
+                stage.conditions.check(denoiser)
 
 
 def iterate_stages(
-    stages: list[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig
+    stages: Sequence[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig
 ) -> Iterator[tuple[Stage, Run, Start]]:
     """Start the stages one after the other; finished ones are skipped, except the last.
 
@@ -197,24 +246,33 @@ def iterate_stages(
         objective: objective of the first stage.
         config: configuration of the whole run, which is saved in its folder.
     """
-    staged = bool(config.stages)
+    staged, lineage = bool(config.stages), stages[0].lineage
     if staged:
         on_main_process(lambda: lock_folder(Path(config.output_dir), run.say))
     for stage, following in zip(stages, (*stages[1:], None), strict=True):
         start = begin_stage(stage, denoiser, objective)
         denoiser, objective = start.denoiser, start.objective
-        name = f"stage {stage.number + 1} of {len(stages)}" if staged else ""
+        if stage.switch is not None:
+            lineage = (*lineage, stage.lineage[-1] | start.changes)
         # a following stage that has started needs nothing from this one
         if following is not None and (following.has_begun or stage.is_finished):
-            run.say(f"{name} is finished")
+            run.say(f"{stage.name} is finished")
             continue
         if staged:
-            run.say(f"{name}: {stage.config.transform.resolution} pixels, {stage.config.training.steps} steps")
+            run.say(f"{stage.name}: {stage.config.transform.resolution} pixels, {stage.config.training.steps} steps")
         if stage.switch is not None:
             run = start_run(stage.config)
         if staged and run.accelerator.is_main_process:
             write_config(config.file_values(), Path(config.output_dir) / STAGES)
-        yield stage, replace(run, stage=name), start
+            _record_changes(stage, run, start)
+        yield replace(stage, lineage=lineage), replace(run, stage=stage.name), start
+
+
+def _record_changes(stage: Stage, run: Run, start: Start):
+    """Print and write what a stage that begins keeps of the stage before and what begins anew."""
+    if start.changes and not stage.has_begun:
+        run.say("\n".join(conditions_lines(start.changes)))
+        write_json(stage.folder / SWITCH, start.changes)
 
 
 def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start:
@@ -238,25 +296,48 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start
     if stage.switch.noise == "rescale":
         objective = objective.rescaled(old, new)
 
-    def resized(model: Denoiser) -> Denoiser:
-        factor = old // model.config.sample_size
-        return transfer(model, new, stage.switch.positions, stage.switch.noise, factor)
+    def moved(model: Denoiser) -> tuple[Denoiser, ConditionChanges | None]:
+        factor, changes = old // model.config.sample_size, None
+        if stage.conditions is not None:
+            model, changes = stage.conditions.apply(model)
+        return transfer(model, new, stage.switch.positions, stage.switch.noise, factor), changes
 
     if stage.has_begun:  # it resumes from its own
-        return Start(resized(denoiser), objective)
+        return Start(moved(denoiser)[0], objective, changes=_changes_before(stage))
 
     folder = _end_of(Path(stage.previous.output_dir) / "checkpoints")
 
     def read(name: str) -> Denoiser:
-        model = denoiser.remade()
+        model = denoiser.remade().to("cpu")  # where a resumed run starts the stage, too
         model.load_state_dict(read_weights(folder / name))
-        return resized(model)
+        return model
 
-    moments = None
+    averages, moments = stage.switch.average == "carry", None
+    averaged = moved(read("ema.safetensors"))[0] if averages else None
+    model = read("model.safetensors")
+    begun, changes = moved(model)
     if stage.switch.optimizer == "carry":
         moments = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
-    averaged = read("ema.safetensors") if stage.switch.average == "carry" else None
-    return Start(read("model.safetensors"), objective, averaged, moments)
+    if changes is None:
+        return Start(begun, objective, averaged, moments)
+    moments = moments and kept_moments(moments, model, begun, changes.kept)
+    places = moments["state"] if moments else ()
+    return Start(
+        begun,
+        objective,
+        averaged,
+        moments,
+        changes_record(stage.conditions, model, begun, changes, places, averages),
+    )
+
+
+def _changes_before(stage: Stage) -> dict[str, Any]:
+    """What was recorded of a change of conditions when a stage began; without its record, the conditions alone."""
+    if stage.conditions is None:
+        return {}
+    file = kept_file(stage.folder / "checkpoints", SWITCH)
+    record = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    return {"conditions": list(stage.conditions.described), **record}
 
 
 def _end_of(folder: Path) -> Path:

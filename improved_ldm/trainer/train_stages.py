@@ -1,49 +1,54 @@
 """A whole run: data, models, and every stage from training to its pipeline, samples, metrics and card."""
 
 import time
+from dataclasses import replace
 
 from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.data.sources import Rows
+from improved_ldm.naming import naming_part
 from improved_ldm.pipeline import ImprovedLDMPipeline
-from improved_ldm.trainer.batches import open_batches, open_data, survey
+from improved_ldm.trainer.batches import Survey, open_batches, open_data, survey
 from improved_ldm.trainer.checks import check_models
 from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
-from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.config import Condition, RunConfig
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
 from improved_ldm.trainer.hub_push import pipeline_pusher
 from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
-from improved_ldm.trainer.semantic import Semantic
-from improved_ldm.trainer.stages import check_stages, iterate_stages, list_stages
+from improved_ldm.trainer.semantic import SEMANTICS, Semantic, load_encoders, use_encoder
+from improved_ldm.trainer.stages import Stage, check_stages, iterate_stages, list_stages
+from improved_ldm.trainer.switch import list_switches
 
 
-def train_stages(config: RunConfig, semantic_type: type[Semantic]):
+def train_stages(config: RunConfig, condition: Condition):
     """Train every stage of a configuration; each writes its pipeline, samples, metrics and card to its folder.
 
     Args:
         config: configuration of the whole run.
-        semantic_type: `TextSemantic` for prompts, `ClassSemantic` for classes.
+        condition: what images are conditioned on, `class` or `text`; stages may say otherwise.
     """
     started = time.perf_counter()
-    stages = list_stages(config)
+    stages = list_stages(config, condition)
 
     # The data: opened and checked before anything else.
-    check_models([stage.config for stage in stages], semantic_type.takes_text)
-    data = [open_data(stage.config.data, semantic_type.takes_text) for stage in stages]
-    looks = [survey(rows) for rows in data]
-    semantic = semantic_type(config, data)
+    check_models([stage.config for stage in stages], [stage.condition for stage in stages])
+    data, looks, semantics = zip(*map(_look_at_data, stages), strict=True)
     first_run = start_run(stages[0].config)
 
     # The models: autoencoder and text encoder stay frozen, the denoiser is trained.
     vae = load_autoencoder(config.autoencoder).to(first_run.accelerator.device)
-    encoder = semantic.load_encoder(vae)
+    encoders = load_encoders(semantics, vae)
     objective = build_objective(config)
-    denoiser = build_denoiser(stages[0].config, vae, **semantic.conditions(encoder))
+    denoiser = build_denoiser(stages[0].config, vae, **semantics[0].conditions(encoders[0]))
+    switches = list_switches(semantics, encoders, config.seed)
+    stages = [replace(stage, conditions=switch) for stage, switch in zip(stages, switches, strict=True)]
     check_stages(stages, denoiser, spatial_factor(vae))
 
     # The training: one stage after the other, each in the loop that all scripts share.
     for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config):
-        look = looks[stage.number]
+        look, semantic = looks[stage.number], semantics[stage.number]
+        encoder = use_encoder(encoders, stage.number, vae.device)
         pipeline = ImprovedLDMPipeline(
             vae,
             start.objective.sampling_scheduler(config.sampling.sampler, config.sampling.timestep_spacing),
@@ -63,3 +68,10 @@ def train_stages(config: RunConfig, semantic_type: type[Semantic]):
         finish(run, pipeline, grid_rows, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()
+
+
+def _look_at_data(stage: Stage) -> tuple[Rows, Survey, Semantic]:
+    """The opened set of a stage, its first rows, and what is sampled."""
+    with naming_part(stage.name):
+        rows = open_data(stage.config.data, stage.condition == "text")
+        return rows, survey(rows), SEMANTICS[stage.condition](stage.config, rows)

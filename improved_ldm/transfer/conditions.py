@@ -52,7 +52,7 @@ def change_conditions(
     class_names: list[str] | None = None,
     old_class_names: list[str] | None = None,
 ) -> tuple[Denoiser, ConditionChanges]:
-    """A denoiser with the weights of a trained one and other semantic conditions.
+    """A denoiser with the weights of a trained one and other semantic conditions; the report is logged.
 
     The new model reads only the conditions that are given. Weights are kept if name and size match, classes if their
     names match or, without names, if their number is equal. A new condition starts as the null condition: the
@@ -82,9 +82,31 @@ def change_conditions(
 
     Source: Berrada et al., 2024, for the transfer; how new conditions start is our choice.
     """
+    changed, report = with_conditions(
+        denoiser,
+        num_classes=num_classes,
+        text_dim=text_dim,
+        pooled_dim=pooled_dim,
+        class_names=class_names,
+        old_class_names=old_class_names,
+    )
+    logger.warning("%s with other conditions\n%s", type(changed).__name__, report)
+    return changed, report
+
+
+@torch.no_grad()
+def with_conditions(
+    denoiser: Denoiser,
+    *,
+    num_classes: int | None = None,
+    text_dim: int | None = None,
+    pooled_dim: int | None = None,
+    class_names: list[str] | None = None,
+    old_class_names: list[str] | None = None,
+) -> tuple[Denoiser, ConditionChanges]:
+    """`change_conditions` for callers that show the report themselves."""
     conditions = {"num_classes": num_classes, "text_dim": text_dim, "pooled_dim": pooled_dim}
-    _check_conditions(denoiser, conditions)
-    _check_names(denoiser, num_classes, class_names, old_class_names)
+    check_change(denoiser, conditions, denoiser.config.num_classes, class_names, old_class_names)
 
     changed = denoiser.remade(**{name: value for name, value in conditions.items() if name in denoiser.config})
     old, fresh = denoiser.state_dict(), changed.state_dict()
@@ -101,9 +123,27 @@ def change_conditions(
             _carry_tokens(trunk, changed.get_submodule(name), rows)
     _carry_values(denoiser, changed)
 
-    report = _report(denoiser, changed, class_names or [], old_class_names or [])
-    logger.warning("%s with other conditions\n%s", type(changed).__name__, report)
-    return changed, report
+    return changed, _report(denoiser, changed, class_names or [], old_class_names or [])
+
+
+def check_change(
+    denoiser: Denoiser,
+    conditions: dict[str, int | None],
+    old_num_classes: int | None,
+    class_names: list[str] | None = None,
+    old_class_names: list[str] | None = None,
+):
+    """Raise a ValueError if `change_conditions` cannot be done.
+
+    Args:
+        denoiser: Denoiser whose class and mode are checked.
+        conditions: `num_classes`, `text_dim` and `pooled_dim` of the new conditions.
+        old_num_classes: Number of classes before, or None.
+        class_names: Names of the new classes.
+        old_class_names: Names of the classes before.
+    """
+    _check_conditions(denoiser, conditions)
+    _check_names(conditions.get("num_classes"), old_num_classes, class_names, old_class_names)
 
 
 def _check_conditions(denoiser: Denoiser, conditions: dict[str, int | None]):
@@ -125,14 +165,17 @@ def _check_conditions(denoiser: Denoiser, conditions: dict[str, int | None]):
 
 
 def _check_names(
-    denoiser: Denoiser, num_classes: int | None, class_names: list[str] | None, old_class_names: list[str] | None
+    num_classes: int | None,
+    old_num_classes: int | None,
+    class_names: list[str] | None,
+    old_class_names: list[str] | None,
 ):
     if (class_names is None) != (old_class_names is None):
         missing = "class_names" if class_names is None else "old_class_names"
         raise ValueError(f"`{missing}` is None; classes are matched by `class_names` and `old_class_names` together.")
     for name, names, number in (
         ("class_names", class_names, num_classes),
-        ("old_class_names", old_class_names, denoiser.config.num_classes),
+        ("old_class_names", old_class_names, old_num_classes),
     ):
         if names is None:
             continue

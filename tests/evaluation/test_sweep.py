@@ -60,5 +60,21 @@ def test_both_files_are_written(tmp_path, with_clip):
     assert [point["scores"] for point in sweep["points"]] == [record["scores"] for record in records]
     assert sweep["samples"] == {"images": 8}
     assert sweep["features"] == records[0]["features"]
+    assert "mixed" not in sweep
     with Image.open(tmp_path / "sweep" / "sweep.png") as image:
         assert min(image.size) > 300
+
+
+def test_points_that_do_not_compare_are_said_to(tmp_path):
+    records = [
+        {
+            "scores": {"fid": 10.0},
+            "samples": {"images": images, "guidance_scale": 1.0, "control_guidance_scale": 0.0},
+            "features": {"name": "inception", "sha256": "0"},
+            "seconds": {},
+        }
+        for images in (8, 9)
+    ]
+    write_sweep(records, tmp_path)
+    sweep = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert sweep["mixed"] == "These numbers do not compare with each other: samples 8 and 9."

@@ -269,6 +269,45 @@ def test_scores_against_a_dataset_of_the_hub_become_its_entries(card_of):
     assert not entries_file.exists()
 
 
+def test_the_card_says_with_what_the_numbers_compare(card_of):
+    file = card_of()
+    evaluated(file, EVALUATION)
+    assert "compare" not in EVALUATION_PART.search(file.read_text(encoding="utf-8"))[0]
+    line = "FID as the ADM suite computes it: 50,000 samples, labels uniform, reference VIRTUAL.npz."
+    evaluated(file, EVALUATION | {"comparison": line})
+    assert file.read_text(encoding="utf-8").splitlines().count(line) == 1
+    judged = {"obedience": OBEDIENCE["obedience"] | {"judge_fid": 3.0, "num_coverage_samples": 4000}}
+    own = {"features": {"name": "embedded:judge", "sha256": "ab" * 32}}
+    for change, said in ((own, True), ({}, False)):
+        evaluated(file, EVALUATION | OBEDIENCE | judged | change)
+        text = file.read_text(encoding="utf-8")
+        assert ("The two Fréchet distances are of different samples" in text) == said
+
+
+def test_statistics_are_a_reference_of_the_distances_alone(card_of):
+    file = card_of()
+    statistics = {"source": "all.npz", "sha256": "ba" * 32, "images": None}
+    mixed = EVALUATION | {"reference_statistics": statistics, "resizing": "clean", "cmmd": None}
+    evaluated(file, mixed)
+    card = ModelCard.load(file)
+    assert not unfounded(card, mixed, METRICS)
+    (line,) = [line for line in card.text.splitlines() if line.startswith("Features inception")]
+    assert "clean resizing; statistics `all.npz` (babababababa) for fid;" in line
+    assert "12345 images (0123456789ab), for the other scores, which do not compare with them;" in line
+    shown = {result.metric_type: result for result in card.data.eval_results}
+    assert (shown["fid"].dataset_type, shown["fid"].dataset_config) == ("all.npz", "statistics")
+    assert (shown["kid"].dataset_type, shown["kid"].dataset_config) == ("user/images", "12345 images at 48x64")
+    entries_file = file.parent / ".eval_results" / "scores.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(entries_file.read_text(encoding="utf-8")))
+    assert {entry.task_id for entry in entries} == {"kid", "kid_std", "coverage"}
+    alone = mixed | {"reference": None, "scores": {"fid": 12.3456789, "inception_score": 5.0}}
+    evaluated(file, alone)
+    card = ModelCard.load(file)
+    assert "statistics `all.npz` (babababababa); 4000 samples" in card.text
+    assert {result.metric_type for result in card.data.eval_results} >= {"fid", "inception_score"}
+    assert not entries_file.exists()
+
+
 def test_what_the_card_shows_is_published_with_it(card_of, class_pipeline):
     file = card_of()
     sample_control_grid(class_pipeline(), 1, 0, file.parent / "control.png")

@@ -253,7 +253,7 @@ def test_a_model_beyond_memory_is_refused_before_it_is_made(denoiser):
     config = RunConfig.model_validate({"denoiser": denoiser, "text": {"max_tokens": 16}})
     started = time.process_time()
     with pytest.raises(ValueError, match=r"`denoiser.size` and `denoiser.options` make a model of at least [\d,]+ GB"):
-        check_models([config], takes_text=True)
+        check_models([config], ["text"])
     assert time.process_time() - started < 1
 
 

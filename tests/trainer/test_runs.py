@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
 import improved_ldm  # noqa: F401  registers the pipeline
@@ -281,6 +281,53 @@ def test_other_real_images_train_with_the_same_command(arguments, tmp_path, name
     assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["images_seen"] == 24 * 8
     image = DiffusionPipeline.from_pretrained(tmp_path / "run")("a face", output_type="pt").images
     assert image.shape == (1, 3, 32, 32)
+
+
+LEARNED = {
+    "objective.prediction": "epsilon",
+    "objective.beta_schedule": "linear",
+    "objective.learned_variance": True,
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_learned_variance_is_trained_and_saved_with_the_scheduler_that_reads_it(arguments, tmp_path, name):
+    options = {"denoiser.name": name, "sampling.guidance_options": "{channels: 3}", "sampling.num_inference_steps": 4}
+    load_script("train_class_conditional").main(arguments(**LEARNED, **options))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert isinstance(pipeline.scheduler, DDPMScheduler) and pipeline.scheduler.config.beta_schedule == "linear"
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline.denoiser.config.out_channels == 2 * pipeline.denoiser.config.in_channels
+    assert pipeline.config.guidance_options == {"channels": 3}
+    output = next(value for key, value in pipeline.denoiser.named_parameters() if value.shape[0] in (8, 32))
+    assert output[len(output) // 2 :].abs().max() > 0  # the variance's part starts at zero
+    image = pipeline(class_labels=7, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_a_pretrained_denoiser_without_a_variance_does_not_learn_one(arguments, tmp_path, tiny_denoiser):
+    tiny_denoiser("pixart", text_dim=96, sample_size=8).save_pretrained(tmp_path / "denoiser")
+    with pytest.raises(ValueError, match=r"`objective\.learned_variance` is true, .* 4 output channels; .* needs 8"):
+        load_script("train_t2i").main(arguments(**LEARNED, **{"denoiser.pretrained": tmp_path / "denoiser"}))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sampling.sampler": "ddim"}, r"`sampling\.sampler` is 'ddim'; for a flow"),
+        (
+            {"objective.prediction": "epsilon", "sampling.sampler": "euler"},
+            r"`sampling\.sampler` is 'euler'; for the prediction 'epsilon'",
+        ),
+        (LEARNED | {"sampling.sampler": "ddpm", "sampling.timestep_spacing": "trailing"}, r"must be 'linspace'"),
+        (LEARNED | {"objective.prediction": "flow"}, r"`learned_variance` is true"),
+        ({"sampling.guidance_options": "{channel: 3}"}, r"`guidance_options` is"),
+    ],
+)
+def test_an_objective_and_its_sampler_are_checked_before_any_work(arguments, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        load_script("train_t2i").main(arguments(**options))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variance", [False, True], ids=["mean", "variance"])

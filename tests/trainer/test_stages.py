@@ -75,6 +75,7 @@ def test_a_run_whose_files_have_an_empty_after_resumes(arguments, tmp_path):
         "source": str(output / "stage-1-16"),
         "steps": 4,
         "resolution": [16, 32],
+        "condition": None,
         "positions": "resample",
         "noise": "rescale",
         "optimizer": "carry",
@@ -133,7 +134,7 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     stages = STAGES.replace("steps: 4, batch", f"optimizer: {carried}, average: {carried}, steps: 4, batch")
     argv = staged(arguments, stages=stages)
     load_script("train_t2i").main(argv)
-    stage = list_stages(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"))[1]
+    stage = list_stages(parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"), "text")[1]
     low = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-16").denoiser
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # otherwise, the stage would resume with its own
     objective = make_objective("epsilon")
@@ -154,7 +155,7 @@ def test_a_stage_crops_at_the_scale_of_the_last_one(arguments, tmp_path):
     config = parse_config(
         RunConfig, staged(arguments, stages=stages), ROOT / "training" / "configs" / "quickstart.yaml"
     )
-    first, last = (stage.config for stage in list_stages(config))
+    first, last = (stage.config for stage in list_stages(config, "text"))
     assert (first.transform.crop_policy, first.transform.target_scale) == ("crop_at_target_scale", 32)
     assert (last.transform.crop_policy, last.transform.target_scale) == (config.transform.crop_policy, None)
     assert (first.training.batch_size, last.training.batch_size) == (8, 4)
@@ -166,7 +167,7 @@ def test_the_guidance_of_a_stage_is_kept_or_rescaled_from_the_stage_before(argum
     stages = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, guidance: rescale}, {resolution: 64, steps: 4}]"
     argv = staged(arguments, stages=stages, **{"sampling.guidance_scale": 2.0})
     first, second, third = list_stages(
-        parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml")
+        parse_config(RunConfig, argv, ROOT / "training" / "configs" / "quickstart.yaml"), "text"
     )
     assert [stage.config.sampling.guidance_scale for stage in (first, second, third)] == [2.0, 3.0, 3.0]
     assert [record.get("guidance") for record in third.lineage] == ["rescale", None]

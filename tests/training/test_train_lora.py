@@ -10,6 +10,7 @@ import time
 import datasets
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -43,14 +44,17 @@ def base(tmp_path_factory, tiny_denoiser, clip_text):
     """Folders of pipelines with the package's autoencoder and text encoder and a random denoiser."""
     made = {}
 
-    def make(name="dit", semantic="text", prediction="flow"):
-        key = f"{name}-{semantic}-{prediction}"
+    def make(name="dit", semantic="text", prediction="flow", learned_variance=False):
+        key = f"{name}-{semantic}-{prediction}-{learned_variance}"
         if key not in made:
             reads = {"text_dim": 96} if semantic == "text" else {"num_classes": 10}
+            if learned_variance:
+                reads["out_channels"] = 8
+            objective = make_objective(prediction, learned_variance=learned_variance)
             tokenizer, text_encoder = clip_text if semantic == "text" else (None, None)
             pipe = ImprovedLDMPipeline(
                 vae=AutoencoderKL.from_pretrained(ASSETS / "autoencoder"),
-                scheduler=make_objective(prediction).sampling_scheduler(),
+                scheduler=objective.sampling_scheduler(),
                 **{denoiser_class(name).component: tiny_denoiser(name, sample_size=8, **reads)},
                 text_encoder=text_encoder,
                 tokenizer=tokenizer,
@@ -377,3 +381,21 @@ def test_samples_are_drawn_while_it_trains(arguments, tmp_path):
         "step-0000002.png",
         "step-0000004.png",
     ]
+
+
+def test_an_adapter_trains_the_learned_variance_of_its_base(arguments, base, tmp_path):
+    place = base(prediction="epsilon", learned_variance=True)
+    train(arguments(place=place))
+    pipe = DiffusionPipeline.from_pretrained(place)
+    before = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "run")
+    assert draw(pipe).isfinite().all() and not torch.equal(draw(pipe), before)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert config["objective"]["learned_variance"] is True
+
+
+@pytest.mark.parametrize("key", ["objective.beta_schedule=linear", "sampling.sampler=ddim"])
+def test_the_schedule_of_a_base_is_not_changed(arguments, base, key):
+    name, _, value = key.partition("=")
+    with pytest.raises((SystemExit, ValueError), match=f"`{name}` is given, but the base's scheduler decides it"):
+        train(arguments(place=base(prediction="epsilon"), **{name: value}))

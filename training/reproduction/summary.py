@@ -28,20 +28,36 @@ TABLE_HEAD = """| table | claim | by | measure | better | against | scale | verd
 
 def write_summary(tables: dict[str, Table], results: Path):
     """Write `README.md` of the results from the records that are there."""
-    rows = [row for name, table in tables.items() for row in _rows(name, table, results / name)]
+    records = {name: _records(results / name) for name in tables}
+    rows = [row for name, table in tables.items() for row in _rows(name, table, records[name])]
     lines = "\n".join(rows)
     file = results / ABOUT
     about = f"{file.read_text(encoding='utf-8')}\n" if file.exists() else ""
-    (results / "README.md").write_text(f"{HEADER}{about}{TABLE_HEAD}{lines}\n", encoding="utf-8")
+    (results / "README.md").write_text(f"{HEADER}{about}{TABLE_HEAD}{lines}\n{_mixed(records)}", encoding="utf-8")
 
 
-def _rows(name: str, table: Table, folder: Path) -> list[str]:
+def _records(folder: Path) -> dict[str, Any]:
+    """The records of a table by scale."""
+    files = {scale: folder / f"{scale}.json" for scale in SCALES}
+    return {scale: json.loads(file.read_text(encoding="utf-8")) for scale, file in files.items() if file.exists()}
+
+
+def _mixed(records: dict[str, dict[str, Any]]) -> str:
+    """A paragraph on the tables that were measured differently; "" if all were measured alike."""
+    groups = {}
+    for name, scales in records.items():
+        for scale, record in scales.items():
+            measured = record["measured_with"]
+            what = f"{measured['samples']} samples; reference {measured['reference']}; {measured['features']['name']}"
+            groups.setdefault(what, []).append(f"{name} ({scale})")
+    if len(groups) < 2:
+        return ""
+    lines = [f"- {what}: {', '.join(names)}." for what, names in groups.items()]
+    return "\n".join(["\nFIDs of these groups of tables do not compare with each other:\n", *lines, ""])
+
+
+def _rows(name: str, table: Table, records: dict[str, Any]) -> list[str]:
     """A row for every comparison of a table at every scale that has it, or one that says that none has."""
-    records = {
-        scale: json.loads(file.read_text(encoding="utf-8"))
-        for scale in SCALES
-        if (file := folder / f"{scale}.json").exists()
-    }
     rows = []
     for expectation in table.expect:
         measure = MEASURES[expectation.measure].title

@@ -27,7 +27,8 @@ def encode_images(
     """Encode images to latents that are scaled to about unit variance.
 
     Args:
-        vae: An `AutoencoderKL` or `AutoencoderTiny`. If half precision overflows, it computes in float32.
+        vae: An `AutoencoderKL`, `AutoencoderTiny` or `VQModel`, whose latents are quantised only when decoded. If half
+            precision overflows, it computes in float32.
         pixels: (batch, 3, height, width) in [−1, 1].
         generator: Generator for the posterior sample, if the autoencoder has a posterior.
         seeds: (batch,) int64, one per image, used in place of the generator: an image's latents then do not depend on

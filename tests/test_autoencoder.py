@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
-from improved_ldm.autoencoder import decode_latents, encode_images
+from improved_ldm.autoencoder import decode_latents, encode_images, spatial_factor
 
 
 def autoencoder(dtype: torch.dtype, hot: float = 1.0) -> AutoencoderKL:
@@ -80,3 +80,16 @@ def test_an_autoencoder_without_a_posterior_is_encoded_as_well(pixels):
     tiny.encoder.layers[0].weight.data.mul_(2e5)
     with pytest.warns(UserWarning, match="overflows in float16"):
         assert encode_images(tiny.half(), pixels).isfinite().all()
+
+
+def test_a_vq_autoencoder_quantises_only_what_it_decodes(pixels):
+    """As LDM-4's, whose latents have scale 1."""
+    torch.manual_seed(0)
+    vae = VQModel(
+        latent_channels=3, num_vq_embeddings=8, norm_num_groups=4, block_out_channels=(8,), scaling_factor=1.0
+    )
+    latents = encode_images(vae, pixels)
+    assert torch.equal(latents, vae.encode(pixels).latents)
+    assert spatial_factor(vae) == 1 and len(latents.unique(dim=0)) == 2
+    quantised = vae.quantize(latents)[0]
+    torch.testing.assert_close(decode_latents(vae, latents), decode_latents(vae, quantised))

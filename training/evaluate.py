@@ -4,8 +4,8 @@ Usage: accelerate launch training/evaluate.py --pipeline FOLDER_OR_ID --data SET
 
 `--samples FOLDER` instead of `--pipeline` scores existing images. `--sweep "guidance_scale=1:8:0.5
 control_guidance_scale=0:2:0.5"` samples and scores every combination. `--like adm --reference_statistics FILE.npz`
-evaluates as the papers on ImageNet do. The same command resumes where it was stopped, and several processes give the
-same numbers as one.
+evaluates as the papers on ImageNet do. `--data SET --resolution 256 --write_statistics FILE.npz` alone writes such a
+file. The same command resumes where it was stopped, and several processes give the same numbers as one.
 """
 
 import json
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from improved_ldm import ImprovedLDMPipeline
@@ -60,6 +61,9 @@ def main(config: EvaluateConfig):
 
     # What is evaluated: a pipeline at one or more settings, or existing images.
     check_keys(config)
+    if config.only_writes_statistics:
+        write_reference(config, accelerator)
+        return
     config = complete(config)
     pipeline = None if config.pipeline is None else load_pipeline(config).to(accelerator.device)
     samples = None if config.samples is None else open_samples(config.samples)
@@ -101,8 +105,7 @@ def main(config: EvaluateConfig):
             sampler.check_folder(folder / "samples", setting)
     evaluation = Evaluation(reference, network, clip, scores, config.batch_size, statistics, cmmd)
     if config.write_statistics is not None and accelerator.is_main_process:
-        write_statistics(config.write_statistics, evaluation.gaussians, network, reference.record())
-        print(f"{config.write_statistics} holds the statistics of the reference images")
+        save_statistics(config, evaluation)
     accelerator.print(f"results are written to {config.folder}/")
 
     # Samples, then numbers, setting by setting.
@@ -188,6 +191,27 @@ def judge_control(
         "judge": shareable_place(config.obedience.judge),
         "perceptual": identity(perceptual),
     }
+
+
+def write_reference(config: EvaluateConfig, accelerator: Accelerator):
+    """Write the statistics of the reference images; nothing is sampled or scored."""
+    size = (config.resolution, config.resolution)
+    network = open_features(config.features, accelerator.device, config.resizing)
+    network.check_size("features", size)
+    reference = read_reference(config, None, size)
+    accelerator.print(reference.rows.description)
+    config.scores.check_reference(reference.images)
+    evaluation = Evaluation(reference, network, None, config.scores, config.batch_size)
+    if accelerator.is_main_process:
+        save_statistics(config, evaluation)
+    accelerator.end_training()
+
+
+def save_statistics(config: EvaluateConfig, evaluation: Evaluation):
+    """Write the statistics of an evaluation's reference images and say where they are."""
+    reference = evaluation.reference.record()
+    write_statistics(config.write_statistics, evaluation.gaussians, evaluation.network, reference)
+    print(f"{config.write_statistics} holds the statistics of {reference['images']} reference images")
 
 
 def describe_samples(

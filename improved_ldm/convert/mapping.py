@@ -8,6 +8,8 @@ import torch
 Tensors = list[torch.Tensor]
 StateDict = dict[str, torch.Tensor]
 
+MAX_LISTED = 5  # names in a message
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -119,6 +121,12 @@ def derived(published: str, value: torch.Tensor) -> Rule:
     return Rule((published,), (), check, lambda _: [value])
 
 
+def _listed(names: list[str]) -> str:
+    """The first names of a list, and how many follow."""
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f", … and {more} more" if more > 0 else "")
+
+
 def to_ours(rules: list[Rule], state_dict: StateDict) -> StateDict:
     """The denoiser's tensors, copies of the published ones.
 
@@ -129,8 +137,8 @@ def to_ours(rules: list[Rule], state_dict: StateDict) -> StateDict:
     missing, left_over = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
     if missing or left_over:
         raise ValueError(
-            f"the state dict does not fit the source: {len(missing)} keys are missing ({', '.join(missing)}), "
-            f"{len(left_over)} are left over ({', '.join(left_over)})."
+            f"the state dict does not fit the source: {len(missing)} keys are missing ({_listed(missing)}), "
+            f"{len(left_over)} are left over ({_listed(left_over)})."
         )
     ours = {}
     for rule in rules:

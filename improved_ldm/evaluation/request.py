@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Place, SamplerSteps, Seed, Text, Threads
+from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Pixels, Place, SamplerSteps, Seed, Text, Threads
 from improved_ldm.evaluation.comparability import ADM_KEYS, ADM_SCORES
 from improved_ldm.evaluation.evaluate import ScoreSettings
 from improved_ldm.evaluation.features import Resizing
@@ -22,7 +22,37 @@ from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.settings import Section
 
 
-class EvaluateConfig(Section):
+class ScoringConfig(Section):
+    """How a pipeline is sampled and scored, for every script that does so."""
+
+    reference_statistics: LocalPath | None = None
+    """`.npz` with `mu` and `sigma` for FID, or a batch file of the ADM suite, whose images replace `data`."""
+    output_dir: LocalPath | None = None
+    """Output folder; default: a folder in runs/evaluation/ whose name depends on the settings."""
+    num_samples: Annotated[Count, Field(ge=2)] = 10_000
+    """Number of images to sample; papers use 50,000 or 10,000, and fewer images raise FID."""
+    batch_size: BatchSize = 50
+    """Images per call of the pipeline and of the networks."""
+    seed: Seed = 0
+    """Random seed; image i has the seed `seed` + i."""
+    num_inference_steps: SamplerSteps | None = None
+    """Sampler steps per image; default: that of the pipeline."""
+    guidance_scale: Number | None = None
+    """λ; default: that of the pipeline."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the pipeline."""
+    features: Place = "inception"
+    """Feature network of the distances: `inception`, `inception:FILE`, `embedded:judge`, …"""
+    resizing: Resizing = "network"
+    """Resizing for Inception: TensorFlow's in the `network`, or `clean`, Pillow's bicubic as in clean-fid."""
+    cmmd: Place | None = None
+    """CLIP model of CMMD, the distance of image embeddings; by default, it is not computed."""
+    scores: ScoreSettings = ScoreSettings()
+    cpu_threads: Threads | None = None
+    """Threads per process without a GPU; by default, the processes share the cores."""
+
+
+class EvaluateConfig(ScoringConfig):
     """Configuration of an evaluation."""
 
     pipeline: Place | None = None
@@ -33,10 +63,10 @@ class EvaluateConfig(Section):
     """Settings of a published evaluation for all keys that are not given: `adm`, the suite of ADM and DiT."""
     data: Place | None = None
     """Reference set: an embedded set, a Hub id, a file or a folder; needed without `reference_statistics`."""
-    reference_statistics: LocalPath | None = None
-    """`.npz` with `mu` and `sigma` for FID, or a batch file of the ADM suite, whose images replace `data`."""
     write_statistics: LocalPath | None = None
     """`.npz` to write with the statistics of the reference images, which `reference_statistics` reads."""
+    resolution: Pixels | None = None
+    """Side length of the reference images in pixels, to write statistics without a pipeline or samples."""
     split: Text = "test"
     """Split of the reference set."""
     name: Text | None = None
@@ -47,48 +77,31 @@ class EvaluateConfig(Section):
     """Column of the captions, for a text pipeline."""
     label_column: Text = "label"
     """Column of the labels, if `labels` is `drawn`."""
-    output_dir: LocalPath | None = None
-    """Output folder; default: a folder in runs/evaluation/ whose name depends on the settings."""
     num_reference_images: Annotated[Count, Field(ge=2)] = 50_000
     """Maximum number of reference images, taken in the order of the set."""
     reference_hash: Text | None = None
     """Required hash of the reference set; any other set is an error."""
-    num_samples: Annotated[Count, Field(ge=2)] = 10_000
-    """Number of images to sample; papers use 50,000 or 10,000, and fewer images raise FID."""
-    batch_size: BatchSize = 50
-    """Images per call of the pipeline and of the networks."""
-    seed: Seed = 0
-    """Random seed; image i has the seed `seed` + i."""
     labels: Literal["balanced", "drawn", "uniform"] = "balanced"
     """Classes in turn, or drawn with the frequencies of the reference set or equal ones; captions are in turn."""
     control: dict[str, bool | tuple[Number, Number]] = Field({})
     """Control arguments of the pipeline for every scored image; the obedience test sets its own."""
-    num_inference_steps: SamplerSteps | None = None
-    """Sampler steps per image; default: that of the pipeline."""
-    guidance_scale: Number | None = None
-    """λ; default: that of the pipeline."""
     control_guidance_scale: Number = 1.0
     """β, the guidance scale of the control."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the pipeline."""
     sweep: Text | None = None
     """Ranges of the guidance scales; a sweep is not judged and does not change the model card."""
-    features: Place = "inception"
-    """Feature network of the distances: `inception`, `inception:FILE`, `embedded:judge`, …"""
-    resizing: Resizing = "network"
-    """Resizing for Inception: TensorFlow's in the `network`, or `clean`, Pillow's bicubic as in clean-fid."""
     clip: Place | None = None
     """CLIP model of the CLIP score; by default, the score is not computed."""
-    cmmd: Place | None = None
-    """CLIP model of CMMD, the distance of image embeddings; by default, it is not computed."""
-    scores: ScoreSettings = ScoreSettings()
     obedience: ObedienceConfig = ObedienceConfig()
     perceptual: Place = "embedded:judge"
     """Network of the distance between images that differ in their control; used only with the judge."""
     update_card: bool = True
     """Write the numbers to the model card of a local trained folder."""
-    cpu_threads: Threads | None = None
-    """Threads per process without a GPU; by default, the processes share the cores."""
+
+    @property
+    def only_writes_statistics(self) -> bool:
+        """Whether there is nothing to score, only the statistics of `data` to write."""
+        alone = self.pipeline is None and self.samples is None
+        return alone and None not in (self.write_statistics, self.resolution)
 
     @property
     def folder(self) -> Path:
@@ -116,6 +129,11 @@ KEYS_WITHOUT_EFFECT_ON_SCORES = {
 KEYS_UNUSED_IN_SWEEP = {"obedience", "perceptual", "update_card"}
 # Keys that select or read the images of `data`.
 IMAGE_KEYS = {"split", "name", "image_column", "caption_column", "label_column", "num_reference_images"}
+# Keys that statistics of `data` depend on.
+STATISTICS_KEYS = {
+    *("data", "split", "name", "image_column", "num_reference_images", "reference_hash"),
+    *("write_statistics", "resolution", "features", "resizing", "batch_size", "cpu_threads"),
+}
 # Keys that control sampling, and that existing images do not depend on.
 SAMPLING_KEYS = {
     "num_samples",
@@ -149,10 +167,18 @@ def complete(config: EvaluateConfig) -> EvaluateConfig:
 def check_keys(config: EvaluateConfig):
     """Raise a ValueError for keys that contradict each other or would be ignored."""
     _check_references(config)
+    if config.only_writes_statistics:
+        ignored = config.model_fields_set - STATISTICS_KEYS
+        if ignored:
+            raise ValueError(f"`{min(ignored)}` is given, but statistics of `data` alone do not depend on it.")
+        return
+    if config.resolution is not None:
+        raise ValueError("`resolution` is given, but the pipeline or the samples decide it.")
     if (config.pipeline is None) == (config.samples is None):
         given = "neither" if config.pipeline is None else "both"
         raise ValueError(
-            f"give either `pipeline`, to sample from, or `samples`, a folder of images; {given} was given."
+            f"give either `pipeline`, to sample from, or `samples`, a folder of images; {given} was given. To write "
+            "statistics alone, give `write_statistics` and `resolution`."
         )
     ignored = config.model_fields_set & SAMPLING_KEYS if config.samples else set()
     if ignored:

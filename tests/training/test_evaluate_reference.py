@@ -47,7 +47,7 @@ def measured(classes, tmp_path):
 def test_written_statistics_replace_the_images(measured, tmp_path, capsys):
     file = tmp_path / "reference.npz"
     whole = measured("whole", **DATA, write_statistics=file)
-    assert f"{file} holds the statistics of the reference images" in capsys.readouterr().out
+    assert f"{file} holds the statistics of " in capsys.readouterr().out
     alone = measured("alone", reference_statistics=file)
     assert alone["scores"].keys() == whole["scores"].keys() - NEED_IMAGES
     assert alone["scores"]["fid"] == pytest.approx(whole["scores"]["fid"], rel=1e-6)

@@ -34,12 +34,10 @@ def vae(autoencoder, tmp_path) -> Path:
 
 
 @pytest.fixture
-def statistics(tmp_path, class_pipeline) -> Path:
-    """Statistics of real images, made by an evaluation."""
-    class_pipeline(sample_size=16, num_classes=10).save_pretrained(tmp_path / "other")
-    values = FEW | {"data": "embedded:fashion-mnist", "num_reference_images": 40, "pipeline": tmp_path / "other"}
-    values |= {"write_statistics": tmp_path / "reference.npz", "output_dir": tmp_path / "other-evaluation"}
-    values |= {"obedience.judge": "null"}
+def statistics(tmp_path) -> Path:
+    """Statistics of real images."""
+    values = {"data": "embedded:fashion-mnist", "num_reference_images": 40, "features": "embedded:judge"}
+    values |= {"write_statistics": tmp_path / "reference.npz", "resolution": 32, "cpu_threads": 1}
     evaluate.main(parse_config(EvaluateConfig, [f"--{key}={value}" for key, value in values.items()]))
     return tmp_path / "reference.npz"
 
@@ -78,10 +76,14 @@ def test_a_checkpoint_in_the_published_layout_becomes_a_table(
     text = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     stated, measured = published.load_entries()[entry].numbers["fid"], record["scores"]["fid"]
-    (row,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["fid"] and "is" not in line]
-    assert row == ["fid", f"{stated:.2f}", f"{measured:.2f}", f"{measured - stated:+.2f}"]
+    (row,) = [line for line in text.splitlines() if line.split()[:2] == ["fid", f"{stated:.2f}"]]
+    assert row.split()[2:4] == [f"{measured:.2f}", "–"] and "not meaningful: measured on 6 images" in row
+    assert "steps: 3, not 250" in text and "autoencoder: " in text and "parameters, 6 images" in text
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert found["measured"]["scores"]["fid"] == measured and found["published"]["scores"]["fid"] == stated
+    assert found["differences"]["steps"] == {"published": 250, "measured": 3}
     assert "Does not compare with numbers of the ADM suite" in text and "6 samples, not 50,000" in text
-    assert "GFLOP per evaluation, 6 evaluations per image, 6 images" in text
+    assert "MFLOP per evaluation, 6 evaluations per image, 6 images" in text and "less than 0.01 GPU hours" in text
     assert record["samples"]["labels"] == "uniform"
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     assert isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "learned_range"
@@ -101,6 +103,16 @@ def test_the_same_command_resumes_and_other_weights_are_refused(checkpoints, vae
         measure(checkpoints["official_dit"], tmp_path / "out", **given)
 
 
+def test_a_checkpoint_of_another_size_needs_its_arguments(checkpoints, vae, statistics, tmp_path):
+    (checkpoints["official_dit"].parent / "config.json").rename(tmp_path / "arguments.json")
+    given = {"compare_with": "DiT-XL/2-256", "autoencoder": vae, "reference_statistics": statistics}
+    with pytest.raises(ValueError, match=r"the published XL/2: .* `config\.json`") as raised:
+        measure(checkpoints["official_dit"], tmp_path / "out", **given)
+    assert len(str(raised.value)) < 1000
+    measure(checkpoints["official_dit"], tmp_path / "out", published_config=tmp_path / "arguments.json", **given)
+    assert (tmp_path / "out" / "comparison.json").exists()
+
+
 def test_a_pipeline_of_this_library_is_measured_as_it_is(class_pipeline, statistics, tmp_path, capsys):
     class_pipeline(sample_size=16, num_classes=10).save_pretrained(tmp_path / "mine")
     measure(tmp_path / "mine", tmp_path / "out", compare_with="DiT-XL/2-256-400k", reference_statistics=statistics)
@@ -115,10 +127,13 @@ def test_a_pipeline_of_this_library_is_measured_as_it_is(class_pipeline, statist
         ({"model": "DiT-XL/2-256", "compare_with": "DiT"}, r"`compare_with` is 'DiT'; published models are"),
         ({"model": "DiT-XL/2-256-400k"}, r"whose weights are not published; give a checkpoint"),
         ({"model": "DiT-XL/2-256"}, r"`reference_statistics` is not given; .*VIRTUAL_imagenet256_labeled\.npz"),
-        ({"model": "DiT-XL/2-256", "reference_statistics": "none.npz"}, r"none\.npz, which does not exist"),
+        (
+            {"model": "DiT-XL/2-256", "reference_statistics": "none.npz"},
+            r"none\.npz, which does not exist; it must be VIRTUAL",
+        ),
         (
             {"model": "MDTv2-XL/2-256", "reference_statistics": "HERE"},
-            r"`model` is 'shgao/MDT-XL2/mdt_xl2_v2_ckpt\.pt",
+            r"its weights are shgao/MDT-XL2/mdt_xl2_v2_ckpt\.pt, which",
         ),
         ({"model": "a/b", "compare_with": "DiT-XL/2-256", "reference_statistics": "HERE"}, r"`model` is 'a/b'"),
     ],

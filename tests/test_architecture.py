@@ -39,7 +39,8 @@ ARROWS = {
     "evaluation": {"conditioning", "data", "open_pipeline", "sampling", "pipeline"},
     "hub": {"conditioning", "data", "sampling", "evaluation", "pipeline"},
     "trainer": {
-        *("conditioning", "data", "diffusion", "evaluation", "hub", "models", "open_pipeline", "pipeline", "transfer")
+        *("conditioning", "data", "diffusion", "evaluation", "hub", "models", "open_pipeline", "pipeline", "sampling"),
+        "transfer",
     },
     "demo": {"conditioning", "open_pipeline", "pipeline"},
 }

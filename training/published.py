@@ -50,13 +50,12 @@ class PublishedConfig(ScoringConfig):
     autoencoder: Place | None = None
     """Autoencoder to decode with; default: that of the entry."""
 
-    def evaluation(self, pipeline: str, folder: Path) -> EvaluateConfig:
-        """The configuration of the evaluation of a pipeline, with the settings of the ADM suite."""
+    def evaluation(self, entry: Published, pipeline: str, folder: Path) -> EvaluateConfig:
+        """The configuration of the evaluation of a pipeline: the entry's guidance and steps, and the ADM suite."""
         own = PublishedConfig.model_fields.keys() - ScoringConfig.model_fields.keys()
-        values = self.model_dump(exclude=own, exclude_unset=True)
-        return complete(
-            EvaluateConfig.model_validate({"like": "adm", **values, "pipeline": pipeline, "output_dir": folder})
-        )
+        sampling = entry.run_config(None).sampling.model_dump(include={"guidance_scale", "num_inference_steps"})
+        values = {"like": "adm", **sampling, **self.model_dump(exclude=own, exclude_unset=True)}
+        return complete(EvaluateConfig.model_validate({**values, "pipeline": pipeline, "output_dir": folder}))
 
 
 def find_entry(config: PublishedConfig) -> tuple[str, Published, str]:
@@ -100,7 +99,7 @@ def main(config: PublishedConfig):
         checkpoint = on_main_process(lambda: download(place, config.model))
         options = (config.autoencoder, config.published_config)
         on_main_process(lambda: convert(entry, checkpoint, place, folder / "pipeline", *options))
-    evaluation, pipeline = config.evaluation(source, folder / "evaluation"), open_pipeline(source)
+    evaluation, pipeline = config.evaluation(entry, source, folder / "evaluation"), open_pipeline(source)
     on_main_process(lambda: print(cost_line(pipeline, evaluation)))
     evaluate.main(evaluation)
 

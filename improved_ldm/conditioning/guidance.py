@@ -8,7 +8,7 @@ implemented here.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -27,9 +27,8 @@ class GuidanceOptions:
     """Where and when the semantic guidance acts; the fields are the keys of the pipeline's `guidance_options`.
 
     Args:
-        channels: Number of latent channels that are guided, the first ones; the others, and a learned variance, are
-            those of the conditional prediction. None guides all latent channels. DiT, mDT-v2 and PixArt-α's ancestral
-            sampler guide 3 of 4.
+        channels: Number of latent channels that are guided, the first ones; the others, and a learned variance, have
+            λ = 1. None guides all latent channels. DiT, mDT-v2 and PixArt-α's ancestral sampler guide 3 of 4.
         schedule: `constant`; `power_cosine`, λ(t) = 1 + (λ − 1) · (1 − cos π(1 − t / T)^power) / 2; or `interval`,
             λ inside `interval` and 1 outside it, where the unconditional prediction is not evaluated.
         power: Power of `power_cosine`.
@@ -72,6 +71,12 @@ class GuidanceOptions:
             given["interval"] = tuple(interval)
         return cls(**given)
 
+    @classmethod
+    def plain(cls, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """A checked dictionary of options as a config stores it; None for no options."""
+        read = asdict(cls.read(options))
+        return {name: list(read[name]) if name == "interval" else read[name] for name in options or {}} or None
+
     def scale_at(self, guidance_scale: float, timestep: float | torch.Tensor) -> float:
         """λ(t) for λ = `guidance_scale` and a timestep in [0, 1000], which may be on any device."""
         if self.schedule == "interval":
@@ -85,19 +90,30 @@ class GuidanceOptions:
 
 @dataclass(frozen=True)
 class GuidanceTerm:
-    """One network evaluation of the rule: its weight, and which of the two conditions it reads."""
+    """One network evaluation of the rule.
+
+    Args:
+        weight: Its weight.
+        semantic: Whether it reads the semantic condition.
+        control: Whether it reads the control.
+        plain_weight: Its weight without semantic guidance, λ = 1.
+    """
 
     weight: float
     semantic: bool
     control: bool
+    plain_weight: float
 
 
-def guidance_terms(guidance_scale: float, control_guidance_scale: float = 1.0) -> list[GuidanceTerm]:
+def guidance_terms(
+    guidance_scale: float, control_guidance_scale: float = 1.0, keeps_plain: bool = False
+) -> list[GuidanceTerm]:
     """The evaluations that the rule needs, without those of weight zero.
 
     Args:
         guidance_scale: λ, the semantic scale.
         control_guidance_scale: β, the control scale.
+        keeps_plain: Whether evaluations that only λ = 1 needs are kept, for channels without semantic guidance.
 
     Returns:
         One term if λ = β = 1, two if β = 1 (classifier-free guidance), three in general. The weights sum to 1.
@@ -106,11 +122,11 @@ def guidance_terms(guidance_scale: float, control_guidance_scale: float = 1.0) -
     """
     semantic, control = float(guidance_scale), float(control_guidance_scale)
     terms = [
-        GuidanceTerm(semantic * control, semantic=True, control=True),
-        GuidanceTerm(semantic * (1 - control), semantic=True, control=False),
-        GuidanceTerm(1 - semantic, semantic=False, control=False),
+        GuidanceTerm(semantic * control, semantic=True, control=True, plain_weight=control),
+        GuidanceTerm(semantic * (1 - control), semantic=True, control=False, plain_weight=1 - control),
+        GuidanceTerm(1 - semantic, semantic=False, control=False, plain_weight=0.0),
     ]
-    return [term for term in terms if term.weight != 0]
+    return [term for term in terms if term.weight != 0 or (keeps_plain and term.plain_weight != 0)]
 
 
 def combine_predictions(
@@ -126,7 +142,7 @@ def combine_predictions(
         terms: Terms from `guidance_terms`.
         guidance_rescale: φ in [0, 1], how far the deviation of the result is rescaled to that of the first term, the
             conditional prediction; Lin et al., 2024, equation 16.
-        num_guided: Number of channels to sum, the first ones; the others are those of the first term. None sums all.
+        num_guided: Number of channels with semantic guidance, the first ones; the others have λ = 1. None guides all.
 
     Returns:
         (batch, channels, height, width). A single term is returned unchanged, so λ = β = 1 is exactly the plain
@@ -134,11 +150,12 @@ def combine_predictions(
     """
     if len(terms) == 1:
         return predictions
-    conditional = predictions.chunk(len(terms))[0]
     parts = predictions[:, :num_guided].chunk(len(terms))
     guided = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
     guided = rescale_noise_cfg(guided, parts[0], guidance_rescale) if guidance_rescale else guided
-    return torch.cat([guided, conditional[:, guided.shape[1] :]], dim=1)
+    others = predictions[:, guided.shape[1] :].chunk(len(terms))
+    plain = [term.plain_weight * part for term, part in zip(terms, others, strict=True) if term.plain_weight]
+    return torch.cat([guided, sum(plain)], dim=1) if others[0].shape[1] else guided
 
 
 @dataclass(frozen=True)
@@ -168,10 +185,11 @@ class GuidedConditions:
         terms = guidance_terms(self.guidance_scale, self.control_guidance_scale)
         return {term.semantic for term in terms} == {True, False}
 
-    def terms_at(self, timestep: float | torch.Tensor) -> list[GuidanceTerm]:
-        """The evaluations in the step at a timestep in [0, 1000]."""
+    def terms_at(self, timestep: float | torch.Tensor, has_variance: bool = False) -> list[GuidanceTerm]:
+        """The evaluations in the step at a timestep in [0, 1000]; a variance is never guided."""
         scale = self.options.scale_at(self.guidance_scale, timestep)
-        return guidance_terms(scale, self.control_guidance_scale)
+        keeps_plain = has_variance or self.options.channels is not None
+        return guidance_terms(scale, self.control_guidance_scale, keeps_plain)
 
     def batch(self, terms: list[GuidanceTerm]) -> Conditioning:
         """The conditions of all evaluations: one term after the other, each with a whole batch."""

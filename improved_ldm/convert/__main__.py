@@ -3,13 +3,11 @@
 Usage: python -m improved_ldm.convert SOURCE IN OUT [--config FILE] [--conditioning disentangled]
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
-from improved_ldm.convert.files import read_checkpoint
+from improved_ldm.convert.files import read_checkpoint, read_config
 from improved_ldm.convert.sources import DIFFUSERS, SOURCES, from_published
 from improved_ldm.exits import ArgumentParser, exit_on_error
 
@@ -40,23 +38,12 @@ def main(argv: list[str]):
     logging.basicConfig(format="%(message)s")
     state_dict, config = read_checkpoint(arguments.checkpoint)
     if arguments.config is not None:
-        config = _read_config(arguments.config)
+        config = read_config(arguments.config)
     denoiser = from_published(arguments.source, state_dict, config, arguments.conditioning)
     denoiser.save_pretrained(arguments.folder)
     print(
         f"{type(denoiser).__name__}, {denoiser.summary}, {denoiser.num_parameters():,} parameters: {arguments.folder}"
     )
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """The constructor arguments in a file; raise a ValueError that names the file if it has none."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--config {file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"--config {file} holds a {type(config).__name__}; it must hold names and their values.")
-    return config
 
 
 if __name__ == "__main__":

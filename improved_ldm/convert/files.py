@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from improved_ldm.convert.mapping import StateDict
+from improved_ldm.exits import one_line
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # files of torch, from which only tensors are read
 WRAPPERS = ("ema", "state_dict_ema", "state_dict", "model")  # keys of the weights in training scripts, best first
@@ -40,7 +41,22 @@ def read_checkpoint(place: Path) -> tuple[StateDict, dict[str, Any]]:
             if name.startswith(MODEL_PREFIX)
         }
     config = folder / "config.json"
-    return state_dict, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return state_dict, read_config(config) if config.is_file() else {}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The constructor's arguments in a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON or holds something else; the message names it.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}; it must hold names and their values.")
+    return config
 
 
 def _weight_files(place: Path) -> list[Path]:
@@ -72,7 +88,11 @@ def _read_file(file: Path) -> StateDict:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints contain their arguments
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{str(file)!r} holds more than weights, which may be harmful; it is not read.") from error
+        raise ValueError(
+            f"{str(file)!r} is no file of weights, or holds more than weights, which may be harmful; it is not read."
+        ) from error
+    except Exception as error:  # errors of damaged files have no common type
+        raise ValueError(f"{str(file)!r} cannot be read: {one_line(str(error))}.") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -15,6 +15,7 @@ from improved_ldm.diffusion.schedules import (
     reads_variance,
     scaled_input,
     step_kwargs,
+    variance_preserving_sampler,
     variance_preserving_scheduler,
     without_unread_variance,
 )
@@ -76,13 +77,15 @@ def check_scheduler(
 
 def _misfit(scheduler: SchedulerMixin, objective: dict[str, Any] | None) -> str | None:
     found = trained_objective(scheduler)
-    return _difference(found, objective) or _noise_at_the_end(scheduler) or _probe(scheduler, found)
+    return _difference(found, objective) or _misread_variance(scheduler) or _probe(scheduler, found)
 
 
-def _noise_at_the_end(scheduler: SchedulerMixin) -> str | None:
-    """The reason if the spacing of a scheduler makes it add noise of a learned variance in the last step."""
+def _misread_variance(scheduler: SchedulerMixin) -> str | None:
+    """The reason if a scheduler takes a learned variance for another, or adds its noise in the last step."""
     if not reads_variance(scheduler):
         return None
+    if scheduler.config["variance_type"] != "learned_range":
+        return f"its `variance_type` is {scheduler.config['variance_type']!r}, but the denoiser predicts a range"
     probed = scheduler.from_config(scheduler.config)
     probed.set_timesteps(PROBE_STEPS)
     if probed.timesteps[-1] == 0:
@@ -93,9 +96,14 @@ def _noise_at_the_end(scheduler: SchedulerMixin) -> str | None:
 def _advice(scheduler: SchedulerMixin, objective: dict[str, Any]) -> str:
     """Settings that fit, for the scheduler's class if possible, else for another class."""
     prediction, shift = objective["prediction_type"], objective.get("shift", 1.0)
-    if _noise_at_the_end(scheduler):
-        return "Use `timestep_spacing='linspace'`, which ends at timestep 0."
-    own = flow_scheduler(shift) if prediction == FLOW else variance_preserving_scheduler(prediction)
+    if _misread_variance(scheduler):
+        return "Use `variance_type='learned_range'` and `timestep_spacing='linspace'`, which ends at timestep 0."
+    if prediction == FLOW:
+        own = flow_scheduler(shift)
+    elif _difference(trained_objective(scheduler), objective) is None:  # only the steps do not fit
+        own = variance_preserving_sampler(scheduler.config, "ddim")
+    else:
+        own = variance_preserving_scheduler(prediction)
     if _difference(trained_objective(own), objective) is not None:
         return "Use the scheduler that the model was saved with."
     flow = {"use_flow_sigmas": True, "prediction_type": FLOW, "flow_shift": shift} if prediction == FLOW else {}

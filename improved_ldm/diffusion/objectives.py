@@ -88,6 +88,10 @@ class VariancePreservingObjective:
         scheduler = DDIMScheduler.from_config(config)
         return VariancePreservingObjective(self.prediction, self.loss_weighting, scheduler, self.learned_variance)
 
+    def has_noise_of(self, other: "VariancePreservingObjective") -> bool:
+        """Whether another objective adds the same noise at each timestep."""
+        return torch.allclose(self.snr, other.snr, rtol=1e-3)
+
     def timestep_quantile(self, fraction: torch.Tensor) -> torch.Tensor:
         """(batch,) timesteps at these quantiles, (batch,) fractions in (0, 1); all timesteps are equally likely."""
         return (NUM_TRAIN_TIMESTEPS * fraction).long()
@@ -180,6 +184,10 @@ class FlowObjective:
         if shift is None:
             raise ValueError(f"the scheduler is for the prediction {config.get('prediction_type')!r}, not 'flow'.")
         return replace(self, shift=shift)
+
+    def has_noise_of(self, other: "FlowObjective") -> bool:
+        """Whether another objective has the same shift."""
+        return self.shift == other.shift
 
     def timestep_quantile(self, fraction: torch.Tensor) -> torch.Tensor:
         """(batch,) timesteps 1000 · σ at these quantiles, (batch,) fractions in (0, 1); logit(σ) is normal."""

@@ -8,6 +8,7 @@ from improved_ldm.evaluation.meaning import is_inception, reference_of
 # Keys of `EvaluateConfig` and `ScoreSettings` as the evaluation suite of ADM has them.
 ADM_KEYS = {"num_samples": 50_000, "labels": "uniform", "features": "inception", "resizing": "network"}
 ADM_SCORES = {"adm": True, "nearest_k": 3}
+LEAST_IMAGES = 10_000  # of a reference; the file of ImageNet has as many
 UNKNOWN = "not known"
 # What must be equal for two numbers to compare, by its name in words.
 CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -41,12 +42,14 @@ def adm_comparison(evaluation: dict[str, Any]) -> str:
         reasons.append(f"labels {labels}, not {ADM_KEYS['labels']}")
     if settings["adm"] and settings["nearest_k"] != ADM_SCORES["nearest_k"]:
         reasons.append(f"nearest_k {settings['nearest_k']}, not {ADM_SCORES['nearest_k']}")
+    reference = reference_of(evaluation, "fid")
+    if (reference["images"] or LEAST_IMAGES) < LEAST_IMAGES:
+        reasons.append(f"a reference of {reference['images']:,} images, not {LEAST_IMAGES:,} or more")
     if reasons:
         return f"Does not compare with numbers of the ADM suite: {'; '.join(reasons)}."
-    reference = reference_of(evaluation, "fid")["source"].removeprefix(".../")
-    network = evaluation["features"]["name"]
+    source, network = reference["source"].removeprefix(".../"), evaluation["features"]["name"]
     weights = "" if network == ADM_KEYS["features"] else f", with the weights of {network}"
-    return f"FID as the ADM suite computes it: {count:,} samples, labels {labels}, reference {reference}{weights}."
+    return f"FID as the ADM suite computes it: {count:,} samples, labels {labels}, reference {source}{weights}."
 
 
 def differences(evaluations: Sequence[dict[str, Any]]) -> str | None:

@@ -23,6 +23,7 @@ from improved_ldm.provenance import write_whole
 IMAGES = "arr_0"  # the suite's name of the array of images
 KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}  # the score → the suite's names of its arrays
 ABOUT = "improved_ldm"  # our own array: a JSON text that states what the statistics were measured with
+NEGLIGIBLE = 1e-4  # rounding of a covariance, relative to its largest eigenvalue
 STATED = ("features", "resizing", "images", "reference")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
@@ -128,8 +129,7 @@ def open_statistics(file: Path) -> ReferenceStatistics:
         if "fid" not in found:
             raise ValueError(f"it has the arrays {', '.join(arrays) or 'none'}; `mu` and `sigma` are needed")
         values = {key: arrays[key] for keys in found.values() for key in keys}
-        stated = json.loads(str(arrays[ABOUT])) if ABOUT in arrays else {}
-        about = {name: stated[name] for name in STATED if stated}
+        about = _stated(str(arrays[ABOUT])) if ABOUT in arrays else {}
         gaussians = {name: _gaussian(*keys, values) for name, keys in found.items()}
     digest = hashlib.sha256()
     for key, array in values.items():
@@ -174,6 +174,15 @@ def open_batch_images(file: Path) -> BatchImages | None:
         return BatchImages(str(file), (count, *images.shape[1:]), digest.hexdigest())
 
 
+def _stated(text: str) -> dict[str, Any]:
+    """What this library wrote about the statistics."""
+    try:
+        stated = json.loads(text)
+        return {name: stated[name] for name in STATED}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"its array `{ABOUT}` is not one that this library wrote") from None
+
+
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
@@ -201,9 +210,13 @@ def _gaussian(mean_key: str, covariance_key: str, values: dict[str, np.ndarray])
         )
     for key in (mean_key, covariance_key):
         if values[key].dtype.kind != "f" or not np.isfinite(values[key]).all():
-            raise ValueError(f"`{key}` is {values[key].dtype}; it must hold finite floats")
+            found = f"{values[key].dtype}" if values[key].dtype.kind != "f" else "not finite"
+            raise ValueError(f"`{key}` is {found}; it must hold finite floats")
     if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6):
         raise ValueError(f"`{covariance_key}` is not symmetric")
+    spectrum = np.linalg.eigvalsh(covariance.astype(np.float64))
+    if spectrum[0] < -NEGLIGIBLE * max(spectrum[-1], 0):
+        raise ValueError(f"`{covariance_key}` has the eigenvalue {spectrum[0]:.3g}; a covariance has none below 0")
     return Gaussian(*(torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance)))
 
 

@@ -26,7 +26,7 @@ class ScoringConfig(Section):
     """How a pipeline is sampled and scored, for every script that does so."""
 
     reference_statistics: LocalPath | None = None
-    """`.npz` with `mu` and `sigma` for FID, or a batch file of the ADM suite, whose images replace `data`."""
+    """`.npz` with `mu` and `sigma` for FID, such as a reference of the ADM suite; images in it replace `data`."""
     output_dir: LocalPath | None = None
     """Output folder; default: a folder in runs/evaluation/ whose name depends on the settings."""
     num_samples: Annotated[Count, Field(ge=2)] = 10_000

@@ -193,6 +193,7 @@ def _identity(pipeline: ImprovedLDMPipeline) -> dict[str, Any]:
         "sampler": type(pipeline.scheduler).__name__,
         "sampler_config": json.loads(pipeline.scheduler.to_json_string()),
         **{name: pipeline.config[name] for name in names},
+        "guidance_options": pipeline.config.guidance_options and dict(pipeline.config.guidance_options),
         "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
     }
 

@@ -93,8 +93,8 @@ class CachingMixin(CacheMixin):
         if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled and num_terms != 2:
             raise ValueError(
                 f"a FasterCache infers the unconditional prediction from the conditional one, but the guidance "
-                f"evaluates {num_terms} conditions; set a `guidance_scale` other than 1 and `control_guidance_scale` "
-                f"to 1, or `is_guidance_distilled=True`."
+                f"evaluates {num_terms} conditions; set a `guidance_scale` other than 1, `control_guidance_scale` to "
+                f"1 and a constant schedule in `guidance_options`, or `is_guidance_distilled=True`."
             )
 
     def guidance_context(self, num_terms: int):

@@ -73,7 +73,9 @@ def sampling_settings(
     before = getattr(denoiser, ATTRIBUTE, {})
     settings = {**DEFAULTS, **before}
     settings |= {name: value for name, value in given.items() if value is not AS_BEFORE}
-    GuidanceOptions.read(settings["guidance_options"])
+    settings["guidance_options"] = GuidanceOptions.plain(settings["guidance_options"])
+    if denoiser is not None:
+        check_channels(settings["guidance_options"], denoiser.config.in_channels)
     check_objective(settings["objective"], before.get("objective"))
     if settings["objective"] is None and scheduler is not None:
         settings["objective"] = trained_objective(scheduler)
@@ -89,6 +91,16 @@ def check_objective(objective: dict[str, Any] | None, trained: dict[str, Any] | 
         raise ValueError(
             f"`objective` has the prediction {kinds[0]!r}, but the denoiser was trained for {kinds[1]!r}: give the "
             "scheduler and the settings of its own pipeline."
+        )
+
+
+def check_channels(guidance_options: dict[str, Any] | None, latent_channels: int):
+    """Raise a ValueError if more channels are to be guided than the latents have."""
+    channels = (guidance_options or {}).get("channels") or 0
+    if channels > latent_channels:
+        raise ValueError(
+            f"`guidance_options.channels` is {channels}; it must be at most {latent_channels}, the number of latent "
+            "channels."
         )
 
 

@@ -1,7 +1,6 @@
 """The denoising loop: from noise to latents, in the steps of a scheduler."""
 
 import copy
-import inspect
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -10,9 +9,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from improved_ldm.conditioning.guidance import GuidedConditions
 from improved_ldm.conditioning.values import shown
-from improved_ldm.diffusion.fitting import check_scheduler, is_flow
+from improved_ldm.diffusion.fitting import check_scheduler
 from improved_ldm.diffusion.schedules import (
-    NUM_TRAIN_TIMESTEPS,
     reads_variance,
     scaled_input,
     step_kwargs,
@@ -20,6 +18,7 @@ from improved_ldm.diffusion.schedules import (
 )
 from improved_ldm.sampling.arguments import Generators
 from improved_ldm.sampling.callbacks import StepEnd
+from improved_ldm.sampling.steps import set_steps
 
 
 class NonFiniteLatentsError(ValueError):
@@ -64,32 +63,12 @@ class DenoisingMixin:
         """
         steps = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         ((name, value),) = ((name, value) for name, value in steps.items() if value is not None)
-        scheduler, kind = without_unread_variance(copy.deepcopy(self.scheduler)), type(self.scheduler).__name__
-        if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"`{name}` is given, but {kind} takes none; give `num_inference_steps`.")
+        scheduler = without_unread_variance(copy.deepcopy(self.scheduler))
         kwargs = {}
         if scheduler.config.get("use_dynamic_shifting"):
             num_tokens = latent_shape[-1] * latent_shape[-2] // self.denoiser.patch_size**2
             kwargs["mu"] = calculate_shift(num_tokens)
-        try:
-            scheduler.set_timesteps(**{name: value}, device=device, **kwargs)
-        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:
-            raise ValueError(f"`{name}` is {shown(value)}; {kind} refuses it: {error}") from error
-        most = {"num_inference_steps": NUM_TRAIN_TIMESTEPS, "timesteps": NUM_TRAIN_TIMESTEPS}
-        most |= {"sigmas": 1} if is_flow(scheduler) else {}
-        if name in most and max(value if isinstance(value, list) else [value]) > most[name]:
-            raise ValueError(f"`{name}` is {shown(value)}; the model was trained up to {most[name]}.")
-        if reads_variance(scheduler) and scheduler.timesteps[-1] != 0:
-            raise ValueError(
-                f"`{name}` is {shown(value)}; with a learned variance the last timestep must be 0, because the {kind} "
-                f"adds noise at every other one, but it is {scheduler.timesteps[-1].item()}."
-            )
-        if len(scheduler.timesteps) == 1 and not is_flow(scheduler) and scheduler.timesteps[0] <= 1:
-            spacing = scheduler.config.get("timestep_spacing")
-            raise ValueError(
-                f"`{name}` is {shown(value)}; with one step and the spacing {spacing!r} the {kind} starts at timestep "
-                f"{scheduler.timesteps[0].item()}, which has no noise. Take more steps, or the spacing 'trailing'."
-            )
+        set_steps(scheduler, name, value, device=device, **kwargs)
         return scheduler
 
     def denoise(
@@ -106,7 +85,7 @@ class DenoisingMixin:
             NonFiniteLatentsError: If they become NaN or infinite.
         """
         timesteps = scheduler.timesteps
-        self.denoiser.start_caching(len(guided.terms_at(timesteps[0])))
+        self.denoiser.start_caching(len(guided.terms_at(timesteps[0], reads_variance(scheduler))))
         self._guidance_scale, self._guidance_rescale = guided.guidance_scale, guided.guidance_rescale
         self._num_timesteps, self._interrupt = len(timesteps), False
         options = step_kwargs(scheduler, generator)
@@ -135,7 +114,7 @@ class DenoisingMixin:
         Returns:
             (batch, latent_channels, height, width), or twice as many channels if the scheduler reads a variance.
         """
-        terms, num_channels = guided.terms_at(timestep), latents.shape[1]
+        terms, num_channels = guided.terms_at(timestep, reads_variance(scheduler)), latents.shape[1]
         inputs = scaled_input(scheduler, torch.cat([latents] * len(terms)), timestep)
         with self.denoiser.guidance_context(len(terms)):
             prediction = self.denoiser(inputs, timestep, **guided.batch(terms).kwargs(), return_dict=False)[0]

@@ -5,6 +5,7 @@ from typing import Any
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.values import read_number
 from improved_ldm.sampling.arguments import MAX_SCALE
+from improved_ldm.sampling.components import check_channels
 
 
 class ScalesMixin:
@@ -29,11 +30,6 @@ class ScalesMixin:
         beta = scales["control_guidance_scale"]
         if beta != 1 and not self.denoiser.control_inputs:
             raise ValueError(f"`control_guidance_scale` is {beta}; the model reads no control, so it must be 1.")
-        options = GuidanceOptions.read(self.config.guidance_options if guidance_options is None else guidance_options)
-        num_channels = self.denoiser.config.in_channels
-        if (options.channels or 0) > num_channels:
-            raise ValueError(
-                f"`guidance_options.channels` is {options.channels}; it must be at most {num_channels}, the number of "
-                "latent channels."
-            )
-        return scales | {"options": options}
+        options = GuidanceOptions.plain(self.config.guidance_options if guidance_options is None else guidance_options)
+        check_channels(options, self.denoiser.config.in_channels)
+        return scales | {"options": GuidanceOptions.read(options)}

@@ -13,6 +13,7 @@ from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import denoiser_class, preset
 from improved_ldm.naming import loading
 from improved_ldm.places import resolve
+from improved_ldm.sampling.components import check_channels
 from improved_ldm.trainer.components import build_denoiser, check_max_tokens, check_resolution
 from improved_ldm.trainer.config import Condition, DenoiserConfig, RunConfig
 
@@ -38,6 +39,7 @@ def check_models(configs: Sequence[RunConfig], conditions: Sequence[Condition]):
         source = resolve(config.autoencoder.pretrained)
         vae = AutoModel.from_config(_ModelConfig.load_config(source, subfolder=config.autoencoder.subfolder))
         factor = spatial_factor(vae)
+    check_channels(config.sampling.guidance_options, vae.config.latent_channels)
     texts = [stage.text for stage, condition in zip(configs, conditions, strict=True) if condition == "text"]
     for text in dict.fromkeys(texts):
         with loading("text.pretrained", text.pretrained):

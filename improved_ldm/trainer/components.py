@@ -149,7 +149,16 @@ def build_objective(config: RunConfig) -> Objective:
     if config.denoiser.pretrained is None:
         return objective
     file = Path(config.denoiser.pretrained) / "scheduler" / "scheduler_config.json"
-    return objective.with_schedule(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else objective
+    if not file.is_file():
+        return objective
+    trained = objective.with_schedule(json.loads(file.read_text(encoding="utf-8")))
+    if not objective.has_noise_of(trained):
+        logger.warning(
+            "The denoiser in %s was trained with another noise schedule than `objective` describes; this run keeps "
+            "that of the denoiser.",
+            config.denoiser.pretrained,
+        )
+    return trained
 
 
 def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:

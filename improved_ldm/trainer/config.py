@@ -14,6 +14,7 @@ from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
 from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_keys
+from improved_ldm.sampling.steps import set_steps
 from improved_ldm.settings import Section
 from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.sections import (
@@ -49,6 +50,8 @@ __all__ = [
 MAX_STAGES = 100
 Carry = Literal["carry", "reset"]
 Condition = Literal["class", "text"]  # kinds of semantic condition
+FLOW_KEYS = ("shift", "logit_mean", "logit_std")
+VARIANCE_PRESERVING_KEYS = ("loss_weighting", "beta_schedule", "beta_start", "beta_end", "learned_variance")
 STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "resolution": "transform.resolution",
     "steps": "training.steps",
@@ -223,12 +226,15 @@ class RunConfig(SharedConfig):
     @model_validator(mode="after")
     def _samples_its_objective(self):
         objective, sampling = make_objective(**self.objective.model_dump()), self.sampling
-        with naming_keys(sampler="sampling.sampler", timestep_spacing="sampling.timestep_spacing"):
-            objective.sampling_scheduler(sampling.sampler, sampling.timestep_spacing)
+        names = ("sampler", "timestep_spacing", "num_inference_steps")
+        with naming_keys(**{name: f"sampling.{name}" for name in names}):
+            scheduler = objective.sampling_scheduler(sampling.sampler, sampling.timestep_spacing)
+            set_steps(scheduler, "num_inference_steps", sampling.num_inference_steps)
         return self
 
     def check_given(self, typed: Collection[str], filed: Collection[str]):
         super().check_given(typed, filed)
+        self._check_objective(typed)
         if not self.stages:
             return
         # stages of the command line override a file's keys, which may be for a run without stages
@@ -241,6 +247,16 @@ class RunConfig(SharedConfig):
                 f"{keys} would be ignored, because `stages` decide instead. Change the stages, as in --stages "
                 f'"[{stages}]", or train without stages: --stages "[]".'
             )
+
+    def _check_objective(self, typed: Collection[str]):
+        """Raise a ValueError for typed keys of the objective that its prediction does not read."""
+        prediction = self.objective.prediction
+        for key in VARIANCE_PRESERVING_KEYS if prediction == "flow" else FLOW_KEYS:
+            if f"objective.{key}" in typed:
+                only = "'flow'" if key in FLOW_KEYS else "'epsilon' and 'v_prediction'"
+                raise ValueError(
+                    f"`objective.{key}` is given, but `objective.prediction` is {prediction!r}; it is for {only} only."
+                )
 
     def file_values(self) -> dict[str, Any]:
         values = super().file_values()

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -35,6 +36,8 @@ def open_accelerator(training: TrainingConfig | None = None, trains: bool = True
     _check_supported(training)
     if training is not None:
         _check_agreement(training)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")  # otherwise each process would take itself for the only one
     accelerator = Accelerator(
         mixed_precision=None if training is None else training.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

@@ -60,13 +60,18 @@ def test_no_guidance_stays_none_and_the_excess_grows_with_the_resolution(scale, 
     assert rescaled - 1 == pytest.approx((scale - 1) * factor, abs=1e-9)
 
 
-@given(st.floats(1, 20), st.integers(1, 3))
-def test_channels_that_are_not_guided_are_those_of_the_conditional_prediction(scale, num_guided):
-    terms = guidance_terms(scale)
-    stacked, both, _, _ = predictions(terms)
+@given(SCALE, st.one_of(st.just(1.0), SCALE), st.integers(1, 3))
+def test_channels_that_are_not_guided_have_the_semantic_scale_1(scale, beta, num_guided):
+    terms = guidance_terms(scale, beta, keeps_plain=True)
+    stacked, both, semantic, _ = predictions(terms)
     found = combine_predictions(stacked, terms, num_guided=num_guided)
-    assert torch.equal(found[:, num_guided:], both[:, num_guided:])
-    assert torch.equal(found[:, :num_guided], combine_predictions(stacked, terms)[:, :num_guided])
+    plain = both if beta == 1 else beta * both + (1 - beta) * semantic
+    assert_close(found[:, num_guided:], plain[:, num_guided:], rtol=1e-4, atol=1e-4)
+    if beta == 1:
+        assert torch.equal(found[:, num_guided:], both[:, num_guided:])
+    guided = guidance_terms(scale, beta)
+    expected = combine_predictions(predictions(guided)[0], guided)
+    assert_close(found[:, :num_guided], expected[:, :num_guided], rtol=1e-4, atol=1e-3)
 
 
 def test_the_power_cosine_is_the_published_one():

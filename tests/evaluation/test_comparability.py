@@ -35,6 +35,7 @@ def test_the_settings_of_the_suite_compare_and_the_line_names_them():
         ({"features": {"name": "embedded:judge"}}, "features embedded:judge, not inception."),
         ({"resizing": "clean"}, "resizing clean, as in clean-fid, not TensorFlow's."),
         ({"score_settings": {"adm": True, "nearest_k": 5}}, "nearest_k 5, not 3."),
+        ({"reference_statistics": STATISTICS | {"images": 12}}, "a reference of 12 images, not 10,000 or more."),
     ],
 )
 def test_any_other_setting_is_named(change, reason):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -156,6 +157,48 @@ def test_more_channels_than_the_latents_have_are_not_guided(pipe):
 def test_samplers_of_another_objective_are_refused(prediction, asked, message):
     with pytest.raises(ValueError, match=message):
         make_objective(prediction).sampling_scheduler(**asked)
+
+
+@pytest.mark.parametrize("options", [None, {"channels": 3}])
+def test_near_a_scale_of_0_or_a_control_scale_of_0_nothing_jumps(pipe, options):
+    for name in ("guidance_scale", "control_guidance_scale"):
+        at, near = (
+            sample(pipe, guidance_options=options, **{"guidance_scale": 2.0, "flip": True} | {name: value})
+            for value in (0.0, 1e-6)
+        )
+        assert_close(at, near, rtol=1e-3, atol=1e-2)
+
+
+def test_options_are_stored_as_plain_values(class_pipeline, tmp_path):
+    options = {"channels": np.int64(3), "schedule": "interval", "interval": np.array([100, 800])}
+    pipe = type(class_pipeline())(**class_pipeline(learned(), out_channels=8).components, guidance_options=options)
+    assert pipe.config.guidance_options == {"channels": 3, "schedule": "interval", "interval": [100.0, 800.0]}
+    pipe.save_pretrained(tmp_path)
+    assert DiffusionPipeline.from_pretrained(tmp_path).config.guidance_options == pipe.config.guidance_options
+
+
+@pytest.mark.parametrize("options, message", [({"bad": 1}, "`guidance_options` is"), ({"channels": 9}, "at most 4")])
+def test_options_that_do_not_exist_make_no_pipeline(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        type(pipe)(**pipe.components, guidance_options=options)
+
+
+def test_steps_beyond_the_training_are_refused(class_pipeline):
+    pipe = class_pipeline(make_objective("epsilon").sampling_scheduler("ddim", "leading"))
+    with pytest.raises(ValueError, match=r"`num_inference_steps` is 1000; .*'leading'.* starts at timestep 1000"):
+        sample(pipe, num_inference_steps=1000)
+
+
+def test_a_variance_of_another_kind_is_refused(pipe):
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned")
+    with pytest.raises(ValueError, match=r"its `variance_type` is 'learned'.*learned_range"):
+        sample(pipe)
+
+
+def test_the_advice_for_another_schedule_is_not_that_of_stable_diffusion(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    with pytest.raises(ValueError, match=r"A DDIMScheduler fits with .*clip_sample=False"):
+        sample(pipe)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm_solver"])

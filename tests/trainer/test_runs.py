@@ -322,11 +322,25 @@ def test_a_pretrained_denoiser_without_a_variance_does_not_learn_one(arguments, 
         (LEARNED | {"sampling.sampler": "ddpm", "sampling.timestep_spacing": "trailing"}, r"must be 'linspace'"),
         (LEARNED | {"objective.prediction": "flow"}, r"`learned_variance` is true"),
         ({"sampling.guidance_options": "{channel: 3}"}, r"`guidance_options` is"),
+        ({"objective.beta_start": 0.5}, r"`objective\.beta_start` is given, but `objective\.prediction` is 'flow'"),
+        ({"objective.prediction": "epsilon", "objective.shift": 3}, r"`objective\.shift` is given"),
+        (LEARNED | {"sampling.num_inference_steps": 1}, r"`sampling\.num_inference_steps` is 1; .*Take more steps"),
+        (
+            {"objective.prediction": "epsilon", "sampling.timestep_spacing": "leading"}
+            | {"sampling.num_inference_steps": 1000},
+            r"`sampling\.num_inference_steps` is 1000; .*starts at timestep 1000",
+        ),
     ],
 )
 def test_an_objective_and_its_sampler_are_checked_before_any_work(arguments, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         load_script("train_t2i").main(arguments(**options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_guided_channels_than_latents_have_are_refused_before_any_work(arguments, tmp_path):
+    with pytest.raises(ValueError, match=r"`guidance_options\.channels` is 9; it must be at most 4"):
+        load_script("train_t2i").main(arguments(**{"sampling.guidance_options": "{channels: 9}"}))
     assert not (tmp_path / "run").exists()
 
 

@@ -99,8 +99,10 @@ def test_the_same_command_resumes_and_other_weights_are_refused(checkpoints, vae
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}
     state_dict = {name: 2 * value for name, value in torch.load(checkpoints["official_dit"]).items()}
     torch.save(state_dict, checkpoints["official_dit"])
-    with pytest.raises(ValueError, match="which has other weights"):
+    with pytest.raises(ValueError, match="which holds other weights or another recipe"):
         measure(checkpoints["official_dit"], tmp_path / "out", **given)
+    with pytest.raises(ValueError, match="which holds other weights or another recipe"):
+        measure(checkpoints["official_dit"], tmp_path / "out", **given | {"compare_with": "DiT-XL/2-256-unguided"})
 
 
 def test_a_checkpoint_of_another_size_needs_its_arguments(checkpoints, vae, statistics, tmp_path):
@@ -116,7 +118,10 @@ def test_a_checkpoint_of_another_size_needs_its_arguments(checkpoints, vae, stat
 def test_a_pipeline_of_this_library_is_measured_as_it_is(class_pipeline, statistics, tmp_path, capsys):
     class_pipeline(sample_size=16, num_classes=10).save_pretrained(tmp_path / "mine")
     measure(tmp_path / "mine", tmp_path / "out", compare_with="DiT-XL/2-256-400k", reference_statistics=statistics)
-    assert "18.10" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "18.10" in text and "scheduler: DDIMScheduler, not DDPMScheduler" in text
+    record = json.loads((tmp_path / "out" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    assert record["samples"]["guidance_scale"] == 1.0  # the entry's, not the default of the pipeline
     assert not (tmp_path / "out" / "pipeline").exists()
 
 
@@ -135,6 +140,7 @@ def test_a_pipeline_of_this_library_is_measured_as_it_is(class_pipeline, statist
             {"model": "MDTv2-XL/2-256", "reference_statistics": "HERE"},
             r"its weights are shgao/MDT-XL2/mdt_xl2_v2_ckpt\.pt, which",
         ),
+        ({"model": "./typo.pt", "compare_with": "DiT-XL/2-256", "reference_statistics": "HERE"}, r"no such file"),
         ({"model": "a/b", "compare_with": "DiT-XL/2-256", "reference_statistics": "HERE"}, r"`model` is 'a/b'"),
     ],
 )
@@ -146,6 +152,24 @@ def test_what_is_not_available_is_refused_in_one_line(tmp_path, values, message)
         measure(values.pop("model"), tmp_path / "out", **values)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", b"[1]", "config.json holds a list"),
+        ("config.json", b"{bad", "config.json is not JSON"),
+        ("model.pt", b"text", "model.pt' cannot be read"),
+        ("model.pt", None, "model.pt' cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(checkpoints, statistics, vae, tmp_path, name, content, message):
+    file = checkpoints["official_dit"].parent / name
+    file.write_bytes(file.read_bytes()[:5000] if content is None else content)
+    given = {"compare_with": "DiT-XL/2-256", "autoencoder": vae, "reference_statistics": statistics}
+    with pytest.raises(ValueError, match=message) as raised:
+        measure(checkpoints["official_dit"], tmp_path / "out", **given)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_script_ends_with_one_line_and_has_help():
@@ -162,4 +186,4 @@ def test_every_entry_has_a_recipe_in_the_published_mode_and_numbers_that_are_mea
     entry = published.load_entries()[name]
     run = entry.run_config(None)
     assert run.denoiser.conditioning == "published" and run.objective.learned_variance
-    assert entry.numbers.keys() <= {"fid", "inception_score"}
+    assert entry.numbers.keys() <= {"fid", "adm_inception_score"}

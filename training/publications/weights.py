@@ -10,7 +10,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.convert import from_published
-from improved_ldm.convert.files import read_checkpoint
+from improved_ldm.convert.files import CHECKPOINTS, read_checkpoint, read_config
 from improved_ldm.convert.mapping import StateDict
 from improved_ldm.exits import one_line
 from improved_ldm.models.denoiser import Denoiser
@@ -42,6 +42,8 @@ def download(place: str, model: str) -> Path:
     """
     if Path(place).exists():
         return Path(place)
+    if not place.startswith("https://") and (place.startswith((".", "/")) or (place == model and _is_file(place))):
+        raise FileNotFoundError(f"`model` is {place!r}; there is no such file.")
     try:
         if place.startswith("https://"):
             return _downloaded(place)
@@ -55,6 +57,10 @@ def download(place: str, model: str) -> Path:
             f"`model` is {model!r}{weights}, which cannot be downloaded ({one_line(str(error))}). Give the path "
             "of a downloaded file or folder, with `--compare_with NAME`."
         ) from error
+
+
+def _is_file(place: str) -> bool:
+    return Path(place).suffix in (".safetensors", *CHECKPOINTS)
 
 
 def _downloaded(url: str) -> Path:
@@ -88,18 +94,22 @@ def convert(
     state_dict, found = read_checkpoint(part)
     arguments = entry.config | found
     if config is not None:
-        arguments = json.loads(config.read_text(encoding="utf-8"))
+        arguments = read_config(config)
     origin = {
         "weights": shareable_place(place),
         "sha256": digest(state_dict),
         "config": arguments,
         "autoencoder": shareable_place(run.autoencoder.pretrained),
         "source": "diffusers" if "_class_name" in found else entry.source,
+        "objective": run.objective.model_dump(mode="json"),
+        "sampling": run.sampling.model_dump(mode="json"),
     }
     record = folder / ORIGIN
     if record.exists():
         if json.loads(record.read_text(encoding="utf-8")) != origin:
-            raise ValueError(f"`output_dir` is {folder.parent}, which has other weights; choose another folder.")
+            raise ValueError(
+                f"`output_dir` is {folder.parent}, which holds other weights or another recipe; choose another folder."
+            )
         return
     vae, denoiser = load_autoencoder(run.autoencoder), read_denoiser(origin["source"], state_dict, arguments, place)
     if run.objective.learned_variance and not denoiser.predicts_variance:

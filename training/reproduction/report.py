@@ -186,7 +186,7 @@ def plot(record: dict[str, Any], file: Path):
         for y, values in enumerate(settings.values()):
             value = values[name]
             if value is None:
-                axis.annotate("not read", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center")
+                axis.annotate("no value", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center")
                 continue
             if value["low"] is not None:
                 axis.hlines(y, value["low"], value["high"], color="C0", linewidth=2)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from improved_ldm.evaluation.reference_npz import open_statistics
-from improved_ldm.evaluation.request import EvaluateConfig, complete
+from improved_ldm.evaluation.request import STATISTICS_KEYS, EvaluateConfig, check_keys, complete
 from improved_ldm.settings import parse_config
 from training import evaluate
 
@@ -123,7 +123,7 @@ def test_keys_beside_like_adm_are_said_to_make_the_numbers_incomparable(measured
     record = measured("out", **DATA, like="adm")
     line = (
         "Does not compare with numbers of the ADM suite: features embedded:judge, not inception; "
-        "10 samples, not 50,000."
+        "10 samples, not 50,000; a reference of 40 images, not 10,000 or more."
     )
     assert record["comparison"] == line
     assert capsys.readouterr().out.count(line) == 1
@@ -165,3 +165,32 @@ def test_numbers_of_one_folder_are_of_one_file_of_statistics(measured, tmp_path)
     sha256 = open_statistics(tmp_path / "one.npz").sha256
     with pytest.raises(ValueError, match=f"metrics.json is for the reference set {sha256}"):
         measured("out", reference_statistics=tmp_path / "other.npz")
+
+
+def test_statistics_alone_are_those_of_an_evaluation(measured, tmp_path, capsys):
+    measured("out", **DATA, write_statistics=tmp_path / "with.npz")
+    values = {key: value for key, value in (FEW | DATA).items() if key in STATISTICS_KEYS}
+    values |= {"write_statistics": tmp_path / "alone.npz", "resolution": 32}
+    evaluate.main(parse_config(EvaluateConfig, [f"--{key}={value}" for key, value in values.items()]))
+    one, other = (np.load(tmp_path / name, allow_pickle=False) for name in ("with.npz", "alone.npz"))
+    assert one.files == other.files and all(np.array_equal(one[key], other[key]) for key in one.files)
+    assert "alone.npz holds the statistics of 40 reference images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resolution": 32}, "`resolution` is given, but the pipeline or the samples decide it"),
+        ({"pipeline": None}, "To write statistics alone, give `write_statistics` and `resolution`"),
+        ({"pipeline": None, "write_statistics": "a.npz"}, "give `write_statistics` and `resolution`"),
+        (
+            {"pipeline": None, "write_statistics": "a.npz", "resolution": 32, "num_samples": 9},
+            "`num_samples` is given, but statistics of `data` alone do not depend on it",
+        ),
+    ],
+)
+def test_statistics_alone_take_no_other_keys(values, message):
+    values = {"pipeline": "x", "data": "embedded:fashion-mnist"} | values
+    config = EvaluateConfig(**{key: value for key, value in values.items() if value is not None})
+    with pytest.raises(ValueError, match=message):
+        check_keys(config)

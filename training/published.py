@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 import evaluate
@@ -102,15 +103,12 @@ def main(config: PublishedConfig):
     evaluation, pipeline = config.evaluation(entry, source, folder / "evaluation"), open_pipeline(source)
     on_main_process(lambda: print(cost_line(pipeline, evaluation)))
     evaluate.main(evaluation)
-
-    def report():
+    if PartialState().is_main_process:  # the evaluation has ended the group of processes
         record = json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
         found = comparison(name, entry, pipeline, place, record)
         write_json(folder / "comparison.json", found)
         print(table(found))
         print(f"{folder}/comparison.json holds the comparison")
-
-    on_main_process(report)
 
 
 if __name__ == "__main__":

@@ -187,3 +187,17 @@ def test_every_entry_has_a_recipe_in_the_published_mode_and_numbers_that_are_mea
     run = entry.run_config(None)
     assert run.denoiser.conditioning == "published" and run.objective.learned_variance
     assert entry.numbers.keys() <= {"fid", "adm_inception_score"}
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_table(checkpoints, vae, statistics, tmp_path):
+    given = {"compare_with": "DiT-XL/2-256", "autoencoder": vae, "reference_statistics": statistics}
+    values = FEW | given | {"output_dir": tmp_path / "out"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(ROOT / "training" / "published.py"), str(checkpoints["official_dit"])]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    command += [f"--{key}={value}" for key, value in values.items()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("published: DiT-XL/2-256") == done.stdout.count("results are written to") == 1
+    assert (tmp_path / "out" / "comparison.json").exists()

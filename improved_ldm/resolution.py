@@ -46,3 +46,8 @@ def latent_side(resolution: Resolution, latent_factor: int, patch_size: int) -> 
 def size_text(resolution: Resolution) -> str:
     """A resolution in words: `256`, or `256x384` for a height of 256 and a width of 384."""
     return "x".join(map(str, sides_of(resolution))) if not isinstance(resolution, int) else str(resolution)
+
+
+def default_size_of(resolution: Resolution) -> list[int] | None:
+    """[height, width], the `default_size` of a pipeline; None for a square, whose side the denoiser knows."""
+    return None if isinstance(resolution, int) else list(resolution)

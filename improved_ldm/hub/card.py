@@ -18,6 +18,7 @@ from improved_ldm.hub.eval_results import EVAL_RESULTS, conditions, judged_resul
 from improved_ldm.lineage import CHANGES, conditions_lines
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import is_hub_id, shareable_place
+from improved_ldm.resolution import resolution_of, size_text
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAG = "improved_ldm"
@@ -171,7 +172,8 @@ def render_card(
         denoiser=f"`{type(denoiser).__name__}`, {denoiser.summary}",
         parameters=denoiser.num_parameters(),
         lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
-        side=pipeline.default_size,
+        size="{}x{}".format(*pipeline.default_size),
+        resolution=size_text(resolution_of(*pipeline.default_size)),
         evaluation=_judged_text(metrics),
         picture=picture,
         control_picture=control_picture,
@@ -321,8 +323,7 @@ def _lineage_line(record: dict[str, Any]) -> str:
     source = record["source"] or "a model in memory"
     details = {name: value for name, value in record.items() if name not in ("source", *CHANGES)}
     if "resolution" in details:
-        low, high = details.pop("resolution")
-        details = {"pixels": f"{low} to {high}", **details}
+        details = {"pixels": " to ".join(map(size_text, details.pop("resolution"))), **details}
     if "data" in details:
         details["data"] = " to ".join(f"`{place}`" for place in details["data"])
     line = ", ".join([f"`{source}`", *(f"{name} {value}" for name, value in details.items())])

@@ -5,7 +5,19 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from improved_ldm.bounds import Aspect, Classes, Pixels, Place, Positive, Probability, Share, Text, Window, Workers
+from improved_ldm.bounds import (
+    Aspect,
+    Classes,
+    Pixels,
+    Place,
+    Positive,
+    Probability,
+    Share,
+    Sides,
+    Text,
+    Window,
+    Workers,
+)
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.settings import Section
 
@@ -100,10 +112,10 @@ class DataConfig(RowsConfig):
 
 
 class TransformConfig(Section):
-    """How an image becomes a square sample; the fields are those of `ImageTransform`."""
+    """How an image becomes a sample; the fields are those of `ImageTransform`."""
 
-    resolution: Pixels = 256
-    """Side length of training images, in pixels."""
+    resolution: Sides = 256
+    """Side length of training images in pixels, or [height, width]."""
     crop_policy: CropPolicy = "resize_then_crop"
     """Scale, then crop; crop a box of varying size, then scale; or crop at the scale of a later stage."""
     crop_position: CropPosition = "random"
@@ -118,8 +130,8 @@ class TransformConfig(Section):
     """Probability that an image is scaled down before it is scaled up again."""
     min_original_size: Pixels | None = None
     """Smallest shorter side of an image that is scaled down, in pixels."""
-    target_scale: Pixels | None = None
-    """Side length of the samples of a later stage, in pixels; `crop_at_target_scale` crops at their scale."""
+    target_scale: Sides | None = None
+    """`resolution` of a later stage; `crop_at_target_scale` crops at its scale."""
     buckets: bool = False
     """Samples of several aspect ratios, all with the area of `resolution`; each image gets the nearest one."""
     bucket_step: Pixels | None = None

@@ -50,6 +50,7 @@ DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(gt=0, le=1)]  # of a whole
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Columns = Text | tuple[Text, ...]
 Place = Annotated[  # a path or a Hub id
     str, Field(min_length=1, max_length=4096), AfterValidator(check_path), PlainSerializer(_dumped)
 ]

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_NAME = 255  # bytes per part of a path
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jxl")
 EXTENSIONS = {
     "parquet": (".parquet",),
     "webdataset": (".tar",),
-    "imagefolder": (".jpg", ".jpeg", ".png", ".webp"),
+    "imagefolder": tuple(suffix for suffix in IMAGES if suffix in Image.registered_extensions()),
 }
 STATISTICS = ".npz"  # of the features of a reference set
 METADATA = ("metadata.jsonl", "metadata.csv")  # the files that caption an image folder

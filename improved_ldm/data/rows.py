@@ -3,20 +3,23 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from improved_ldm.data.captions import caption_of_class, captions_of, draw_caption
 from improved_ldm.data.formats import FAULT
 from improved_ldm.data.images import read_image
 from improved_ldm.data.retries import RemoteReadError, read_patiently
+from improved_ldm.places import EXTENSIONS
 
 # Members of webdataset shards that hold what a parquet file calls image, text and label.
 WEBDATASET_COLUMNS = {
-    "image": ("jpg", "jpeg", "png", "webp"),
+    "image": tuple(suffix[1:] for suffix in EXTENSIONS["imagefolder"]),
     "text": ("txt", "json.text", "json.caption"),
     "label": ("cls", "json.label"),
 }
@@ -46,10 +49,13 @@ class Rows:
     Args:
         dataset: the streamed rows, with images not decoded.
         image_column, caption_column, label_column: names of the columns; `a.b` is field b of column a, None is not
-            read.
+            read. One of several columns of captions is drawn for each row in each epoch.
         num_classes: number of classes; labels must be below it. None if it is not known.
         files: absolute paths of the local files that are read; empty for a dataset on the Hub.
         class_names: names of the classes in the order of their labels; None if the set does not have them.
+        class_numbers: label of each class by its name, if labels are stored as names.
+        caption_weights: weight of each column of captions; None weighs them equally.
+        caption_template: caption of an image that has no other, with `{label}` for the name of its class.
         is_webdataset: whether `image`, `text` and `label` also find the usual members of a sample.
         description: what is read and what is left out, in a sentence or two.
         named: number of skipped rows at the last log message, by reason; messages get rarer as the number grows.
@@ -57,11 +63,14 @@ class Rows:
 
     dataset: datasets.IterableDataset
     image_column: str
-    caption_column: str | None
+    caption_column: str | tuple[str, ...] | None
     label_column: str | None
     num_classes: int | None = None
     files: tuple[str, ...] = ()
     class_names: list[str] | None = None
+    class_numbers: Mapping[str, int] | None = None
+    caption_weights: tuple[float, ...] | None = None
+    caption_template: str | None = None
     is_webdataset: bool = False
     description: str = ""
     named: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
@@ -71,12 +80,17 @@ class Rows:
         """Whether the rows come from the Hub."""
         return not self.files
 
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns of captions."""
+        return names_of(self.caption_column)
+
     def captions(self) -> Iterator[str]:
-        """The captions in the order of the set, without decoding images; bad ones are skipped."""
+        """All captions in the order of the set, without decoding images; bad rows are skipped."""
         for window in stored_windows(self.dataset, CAPTIONS_AT_ONCE, self.is_remote):
             for stored, *_ in window:
                 with contextlib.suppress(BadRowError):
-                    yield self.caption(stored)
+                    yield from chain.from_iterable(self.caption_options(stored))
 
     def check(self, stored: dict[str, Any]):
         """Raise a BadRowError if something is wrong with a stored row as a whole."""
@@ -128,36 +142,52 @@ class Rows:
             detail = "unknown format" if isinstance(error, UnidentifiedImageError) else repr(error)
             raise BadRowError("image cannot be decoded", detail) from error
 
-    def caption(self, stored: dict[str, Any]) -> str:
-        """The caption of a stored row; "" if the set has null.
+    def caption(self, stored: dict[str, Any], seed: int = 0) -> str:
+        """The caption of a stored row, drawn from those that it has; "" if it has none.
+
+        Args:
+            stored: the row.
+            seed: seed of the row in this epoch.
 
         Raises:
-            BadRowError: if it is missing, not a string, or not UTF-8.
+            BadRowError: if it is missing, not a string or a list of strings, or not UTF-8.
         """
-        value = self.value(stored, self.caption_column)
-        if value is ABSENT:
+        return draw_caption(self.caption_options(stored), self.caption_weights, seed)
+
+    def caption_options(self, stored: dict[str, Any]) -> list[list[str]]:
+        """The captions of a stored row in each column, or the one that the template makes of its class.
+
+        Raises:
+            BadRowError: as in `caption`.
+        """
+        values = [self.value(stored, column) for column in self.caption_columns]
+        if self.caption_template is None and all(value is ABSENT for value in values):
             raise BadRowError("caption is missing")
-        if value is None:
-            return ""
         try:
-            text = value.decode() if isinstance(value, bytes) else value
-            if not isinstance(text, str):
-                raise BadRowError("caption is not a string", f"it is of type {type(text).__name__}")
-            text.encode()  # JSON can hold halves of surrogate pairs, which tokenizers refuse
+            options = [captions_of(None if value is ABSENT else value) for value in values]
+        except TypeError as error:
+            raise BadRowError("caption is not a string", str(error)) from error
         except UnicodeError as error:
             raise BadRowError("caption is not UTF-8", str(error)) from error
-        return text
+        if self.caption_template is not None and not any(options):
+            options[0] = [caption_of_class(self.caption_template, self.class_names[self.label(stored)])]
+        return options
 
     def label(self, stored: dict[str, Any]) -> int:
-        """The label of a stored row.
+        """The label of a stored row: an integer, or the number of the class that it names.
 
         Raises:
-            BadRowError: if it is missing, not an integer, or out of range.
+            BadRowError: if it is missing, not an integer, out of range, or names no class.
         """
         value = self.value(stored, self.label_column)
         if value is ABSENT or value is None:
             raise BadRowError("label is missing")
-        label = parse_integer(value.decode(errors="replace")) if isinstance(value, bytes) else value
+        label = stored_label(value)
+        if self.class_numbers is not None:
+            if not isinstance(label, str) or label not in self.class_numbers:
+                raise BadRowError("label is not the name of a class", f"it is {label!r:.40}")
+            return self.class_numbers[label]
+        label = parse_integer(label)
         if type(label) is not int:
             raise BadRowError("label is not an integer", f"it is {label!r:.40}")
         classes = self.num_classes or len(self.class_names or ()) or MAX_CLASSES
@@ -185,9 +215,19 @@ class Row:
     seed: int
 
 
-def parse_integer(text: str) -> int | str:
-    """The integer that a text holds; the text itself if it is not an integer, or has more than 30 digits."""
-    return int(text) if INTEGER.fullmatch(text) else text
+def names_of(columns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names of one column, of several, or of none."""
+    return (columns,) if isinstance(columns, str) else tuple(columns or ())
+
+
+def stored_label(value: Any) -> Any:
+    """A label as it is stored, with the bytes of a text file as their text without spaces around it."""
+    return value.decode(errors="replace").strip() if isinstance(value, bytes) else value
+
+
+def parse_integer(value: Any) -> Any:
+    """The integer that a text holds; any other value, and a text of more than 30 digits, as it is."""
+    return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
 
 
 def column_names(column: str, is_webdataset: bool) -> tuple[str, ...]:

@@ -258,7 +258,7 @@ class RowStream(torch.utils.data.IterableDataset):
     def _decode(self, row: StoredRow, seed: int) -> Row:
         rows, stored = self.rows, row.values
         rows.check(stored)
-        caption = None if rows.caption_column is None else rows.caption(stored)
+        caption = None if rows.caption_column is None else rows.caption(stored, seed)
         label = None if rows.label_column is None else rows.label(stored)
         image, size = rows.image(stored, self.min_size)
         return Row(image, size, caption, label, seed)

@@ -62,7 +62,12 @@ def open_data(config: DataConfig, takes_text: bool) -> Rows:
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
     """
-    columns = {"caption_column": config.caption_column, "label_column": None}
+    columns = {
+        "caption_column": config.caption_column,
+        "caption_weights": config.caption_weights,
+        "caption_template": config.caption_template,
+        "label_column": config.label_column if config.caption_template else None,
+    }
     if not takes_text:
         columns = {"caption_column": None, "label_column": config.label_column, "num_classes": config.num_classes}
     with naming_keys(**DATA_KEYS):

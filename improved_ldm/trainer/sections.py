@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, fiel
 from improved_ldm.bounds import (
     BatchSize,
     Classes,
+    Columns,
     Count,
     CountOrZero,
     NotNegative,
@@ -30,6 +31,7 @@ from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
 from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import TextPadding
+from improved_ldm.data.captions import check_captions
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction, make_objective
 from improved_ldm.diffusion.schedules import BetaSchedule, SamplerName, TimestepSpacing
@@ -51,10 +53,14 @@ class DataConfig(Section):
     """Configuration of a Hub dataset that has several."""
     image_column: Text = "image"
     """Column of the images."""
-    caption_column: Text = "text"
-    """Column of the captions."""
+    caption_column: Columns = "text"
+    """Column of the captions, or several, of which one is drawn for each image in each epoch."""
+    caption_weights: tuple[Positive, ...] | None = None
+    """Weight of each column of captions in the draw; default: equal."""
+    caption_template: Text | None = None
+    """Caption of images without another, from the name of their class: `a photo of a {label}`."""
     label_column: Text = "label"
-    """Column of the class labels, for class-conditional training."""
+    """Column of the class labels, for class-conditional training and `caption_template`."""
     num_classes: Classes | None = None
     """Number of classes; needed if the set does not name its classes."""
     shuffle_window: Window = 1024
@@ -63,6 +69,11 @@ class DataConfig(Section):
     """Processes that read and transform images."""
     accept_changes: bool = False
     """Resume a run even if its data has changed."""
+
+    @model_validator(mode="after")
+    def _has_captions(self):
+        check_captions(self.caption_column, self.caption_weights, self.caption_template)
+        return self
 
 
 class TransformConfig(Section):

@@ -53,9 +53,9 @@ def is_hub_id(source: str | Path | list | None) -> bool:
 
 def kind_of(file: str | Path) -> str | None:
     """The kind of a file by its name: one of `EXTENSIONS`, or None."""
-    if Path(file).name in METADATA:
+    if os.path.basename(file) in METADATA:
         return "imagefolder"
-    suffix = Path(file).suffix.lower()
+    suffix = os.path.splitext(file)[1].lower()
     return next((kind for kind, extensions in EXTENSIONS.items() if suffix in extensions), None)
 
 

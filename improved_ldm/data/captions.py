@@ -10,7 +10,7 @@ from improved_ldm.seeds import derive_seed
 
 CAPTION = 0x63617074  # makes the draw of a caption independent of the other draws of its row
 LABEL = "{label}"  # the part of a template that the name of the class replaces
-NUMBER = re.compile(r"\d+[_.]\s*(?=.)")  # of a folder: the repeats of kohya's scripts, or the number of a class
+NUMBER = re.compile(r"^\d+[_.](?=.)")  # of a folder: the repeats of kohya's scripts, or the number of a class
 
 
 def check_captions(columns: str | Sequence[str] | None, weights: Sequence[float] | None, template: str | None):
@@ -93,7 +93,7 @@ def draw_caption(options: Sequence[Sequence[str]], weights: Sequence[float] | No
 
 def class_words(name: str) -> str:
     """The name of a class or of its folder as words: without a number before it, with spaces for underscores."""
-    return NUMBER.sub("", name, count=1).replace("_", " ").strip() if NUMBER.match(name) else name.replace("_", " ")
+    return NUMBER.sub("", name).replace("_", " ").strip()
 
 
 def caption_of_class(template: str, name: str) -> str:

@@ -65,9 +65,9 @@ class ClassFolders:
         """The names of the classes in the order of their numbers."""
         return list(map(printable, self.numbers))
 
-    def number(self, image: str) -> int:
-        """The number of the class of an image."""
-        return self.numbers[os.path.basename(os.path.dirname(image))]
+    def number(self, image: str) -> int | None:
+        """The number of the class of an image; None if it lies in none of the folders."""
+        return self.numbers.get(os.path.basename(os.path.dirname(image)))
 
 
 def class_folders(images: Iterable[str], may_be_one: bool = False) -> ClassFolders | None:

@@ -66,11 +66,11 @@ def open_image_folder(
     """
     wanted = names_of(caption_column)
     images = [file for file in found.files if suffix_of(file) not in TABLES]
-    names = ImageNames(images)
-    tables, others, notes = _find_tables(found, names)
-    lines = _read_tables(tables, names, frozenset(found.family) - names.images, image_column, wanted)
+    family = ImageNames(file for file in found.family if suffix_of(file) not in TABLES)
+    tables, others, notes = _find_tables(found, family)
+    lines = _read_tables(tables, family, family.images.difference(images), image_column, wanted)
     suffixes = SIDE_FILES if wanted else (".json",) if label_column else ()
-    side = read_side_files(names, [file for file in others if suffix_of(file) in suffixes])
+    side = read_side_files(ImageNames(images), [file for file in others if suffix_of(file) in suffixes])
     left_out = Counter(other_kind(file) for file in others if suffix_of(file) not in suffixes)
     entries = [(path, _joined(record, side.values.get(path, {})), place) for path, record, place in lines.entries]
     entries += [(path, side.values.get(path, {}), path) for path in images if path not in lines.seen]
@@ -80,7 +80,7 @@ def open_image_folder(
         entries = described
     if side.alone:
         left_out[f"caption file{'s' * (side.alone != 1)} without an image"] = side.alone
-    classes = _classes(found, entries, caption_template is not None)
+    classes = _classes(family, entries, caption_template is not None)
     if classes:
         entries = [(path, {**values, "label": classes.number(path)}, place) for path, values, place in entries]
         notes += classes.notes if label_column == "label" else ()
@@ -105,15 +105,14 @@ def _find_tables(found: LocalFiles, images: ImageNames) -> tuple[list[str], list
     if len({suffix_of(file) for file in tables}) > 1:
         raise ValueError(f"{tables[0]} and {tables[-1]} must be of one format, .jsonl or .csv.")
     more = [file for file in found.beside if not is_side_file(file, images) and is_table(file, images)]
-    others = [file for file in found.beside if file not in set(more)]
-    folders = [os.path.dirname(file) for file in more]
+    others = sorted(set(found.beside) - set(more))
     if tables:
         return tables, others, [f"{os.path.basename(file)} is not read next to {tables[0]}" for file in more]
-    for folder, count in Counter(folders).items():
+    for folder, count in Counter(map(os.path.dirname, more)).items():
         if count > 1:
             named = ", ".join(file for file in more if os.path.dirname(file) == folder)
             raise ValueError(
-                f"`source` holds {count} tables of the same images, {named}; name the one to read as `source`."
+                f"`source` holds {count} tables of the same images, {named}; it must name the one to read."
             )
     return more, others, []
 
@@ -192,11 +191,11 @@ def _undescribed(images: list[str], count: int, tables: list[str], side: SideFil
     return Counter({f"of {len(images)} images without {' or '.join(missing)}": count} if count else {})
 
 
-def _classes(found: LocalFiles, entries: list[Entry], may_be_one: bool) -> ClassFolders | None:
+def _classes(images: ImageNames, entries: list[Entry], may_be_one: bool) -> ClassFolders | None:
     """The class folders of the images, if no image has another label."""
     if any(values.get("label") is not None for _, values, _ in entries):
         return None
-    return class_folders((file for file in found.family if suffix_of(file) not in TABLES), may_be_one)
+    return class_folders(images.images, may_be_one)
 
 
 def _notes_on_both(lines: _Lines, side: SideFiles, wanted: tuple[str, ...]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,10 @@ class ImageNames:
         images: paths of the images.
     """
 
-    def __init__(self, images: Collection[str]):
+    def __init__(self, images: Iterable[str]):
         self.images = frozenset(images)
         self._by_stem = {}
-        for image in images:
+        for image in sorted(self.images):
             self._by_stem.setdefault(os.path.splitext(image)[0], []).append(image)
 
     def of_stem(self, stem: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,15 @@ def number_classes(values: Iterable[Any], column: str) -> dict[str, int] | None:
             f"{names.total():,} values are different texts, such as {next(iter(names))!r:.60}."
         )
     return {name: number for number, name in enumerate(sorted(names))}
+
+
+def check_num_classes(number: int | None, names: Sequence[str] | None):
+    """Raise a ValueError if a number of classes is given and is not that of the names of classes."""
+    if number is not None and names and number != len(names):
+        raise ValueError(
+            f"`num_classes` is {number}; the data names its classes, from {names[0]!r} to {names[-1]!r}, and their "
+            f"number is {len(names):,}."
+        )
 
 
 @dataclass(frozen=True)

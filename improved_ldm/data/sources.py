@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from improved_ldm.data.captions import check_captions
-from improved_ldm.data.classes import number_classes
+from improved_ldm.data.classes import check_num_classes, number_classes
 from improved_ldm.data.files import LocalFiles, count_of, local_files, printable
 from improved_ldm.data.formats import (
     image_folder_rows,
@@ -27,7 +28,9 @@ from improved_ldm.data.images import read_image
 from improved_ldm.data.probe import check_columns
 from improved_ldm.data.retries import reading_hub
 from improved_ldm.data.rows import BadRowError, Row, Rows, column_names, names_of, parse_integer
-from improved_ldm.data.stream import CorruptImagesError, RowStream
+from improved_ldm.data.stream import RowStream
+from improved_ldm.data.tables import FolderTable, ParquetTable, ShardTable, is_packed
+from improved_ldm.data.tally import CorruptImagesError
 from improved_ldm.places import is_hub_id
 
 __all__ = [
@@ -96,7 +99,9 @@ def open_rows(
     else:
         found = local_files(source, split)
         rows, names = _open_local(found, columns, caption_template)
-    rows = replace(rows, num_classes=num_classes, caption_weights=weights, caption_template=caption_template)
+    rows = replace(rows, num_classes=num_classes, caption_weights=weights)
+    if caption_template is not None:
+        rows = replace(rows, caption_template=caption_template, template_column=label_column)
     nothing = f"`source` {source!s} has no rows in its split {split!r}."
     label = check_columns(rows, names, nothing, CAPTION_LAYOUTS if found and found.kind == "imagefolder" else "")
     return _name_classes(rows, found, label)
@@ -121,11 +126,7 @@ def _name_classes(rows: Rows, found: LocalFiles | None, label: Any) -> Rows:
             rows = replace(rows, class_numbers=numbers, class_names=list(map(printable, numbers)))
     if rows.class_names is None and rows.caption_template is not None:
         raise ValueError(f"`caption_template` needs names of classes; `label_column` {rows.label_column!r} has none.")
-    if rows.class_names is not None and rows.num_classes not in (None, len(rows.class_names)):
-        raise ValueError(
-            f"`num_classes` is {rows.num_classes}; the set names its classes, from {rows.class_names[0]!r} to "
-            f"{rows.class_names[-1]!r}, and their number is {len(rows.class_names):,}."
-        )
+    check_num_classes(rows.num_classes, rows.class_names)
     return rows
 
 
@@ -212,6 +213,7 @@ def _open_parquet(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]
         _stream(parquet_rows, found.files, columns=_wanted(columns)),
         **columns,
         files=found.files,
+        table=partial(ParquetTable, found.files, _wanted(columns)),
         class_names=_agreed_class_names(schemas, columns["label_column"]),
         description=_describe(found, known),
     )
@@ -229,10 +231,12 @@ def _agreed_class_names(schemas: dict[str, pa.Schema], column: str | None) -> li
 
 
 def _open_webdataset(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]:
+    wanted = _wanted(columns, is_webdataset=True)
     rows = Rows(
-        _stream(webdataset_rows, found.files, columns=_wanted(columns, is_webdataset=True)),
+        _stream(webdataset_rows, found.files, columns=wanted),
         **columns,
         files=found.files,
+        table=None if any(map(is_packed, found.files)) else partial(ShardTable, found.files, wanted),
         is_webdataset=True,
         description=_describe(found, "their rows are counted as they are read"),
     )
@@ -245,6 +249,7 @@ def _open_images(found: LocalFiles, columns: Columns, template: str | None) -> t
         _stream(image_folder_rows, None, entries=folder.entries, image_column=columns["image_column"]),
         **columns,
         files=folder.files,
+        table=partial(FolderTable, folder.entries, columns["image_column"]),
         class_names=folder.class_names if columns["label_column"] == "label" else None,
         description=_describe(found, count_of(len(folder.entries), "row"), folder.left_out, folder.notes),
     )

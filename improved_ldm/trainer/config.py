@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import Field, model_validator
 
-from improved_ldm.bounds import SHAREABLE, BatchSize, Classes, Count, Place, Positive, Seed, Sides, Text, Width
+from improved_ldm.bounds import (
+    SHAREABLE,
+    BatchSize,
+    Classes,
+    Columns,
+    Count,
+    Place,
+    Positive,
+    Seed,
+    Sides,
+    Text,
+    Width,
+)
 from improved_ldm.data.transforms import CropPolicy
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
@@ -182,8 +194,8 @@ class StageConfig(Section):
     """Configuration of a Hub dataset that has several."""
     image_column: Text | None = None
     """Column of the images."""
-    caption_column: Text | None = None
-    """Column of the captions, in a stage with text."""
+    caption_column: Columns | None = None
+    """Column or columns of the captions, in a stage with text."""
     label_column: Text | None = None
     """Column of the class labels, in a stage with classes."""
     num_classes: Classes | None = None

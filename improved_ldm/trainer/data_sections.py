@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from improved_ldm.bounds import (
     Aspect,
     Classes,
+    Columns,
     Pixels,
     Place,
     Positive,
@@ -18,6 +19,7 @@ from improved_ldm.bounds import (
     Window,
     Workers,
 )
+from improved_ldm.data.captions import check_captions
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.settings import Section
 
@@ -59,8 +61,12 @@ class SourceConfig(RowsConfig):
     """Configuration of a Hub dataset that has several."""
     image_column: Text | None = None
     """Column of the images."""
-    caption_column: Text | None = None
-    """Column of the captions."""
+    caption_column: Columns | None = None
+    """Column of the captions, or several, of which one is drawn for each image in each epoch."""
+    caption_weights: tuple[Positive, ...] | None = None
+    """Weight of each column of captions in the draw."""
+    caption_template: Text | None = None
+    """Caption of images without another, from the name of their class: `a photo of a {label}`."""
     label_column: Text | None = None
     """Column of the class labels."""
 
@@ -78,10 +84,14 @@ class DataConfig(RowsConfig):
     """Configuration of a Hub dataset that has several."""
     image_column: Text = "image"
     """Column of the images."""
-    caption_column: Text = "text"
-    """Column of the captions."""
+    caption_column: Columns = "text"
+    """Column of the captions, or several, of which one is drawn for each image in each epoch."""
+    caption_weights: tuple[Positive, ...] | None = None
+    """Weight of each column of captions in the draw; default: equal."""
+    caption_template: Text | None = None
+    """Caption of images without another, from the name of their class: `a photo of a {label}`."""
     label_column: Text = "label"
-    """Column of the class labels, for class-conditional training."""
+    """Column of the class labels, for class-conditional training and `caption_template`."""
     num_classes: Classes | None = None
     """Number of classes; needed if the set does not name its classes."""
     shuffle_window: Window = 1024
@@ -97,6 +107,12 @@ class DataConfig(RowsConfig):
             raise ValueError(f"`source` is {self.source!r}, but `sources` are given too; give one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _has_captions(self):
+        for source in self.each_source():
+            check_captions(source.caption_column, source.caption_weights, source.caption_template)
+        return self
+
     @property
     def places(self) -> tuple[str, ...]:
         """The sets, as the user names them."""
@@ -107,8 +123,12 @@ class DataConfig(RowsConfig):
         shared = self.model_dump(include=SourceConfig.model_fields.keys() - {"weight"})
         if not self.sources:
             return [SourceConfig(**shared)]
-        given = (source.model_dump(exclude_none=True) for source in self.sources)
-        return [SourceConfig(**{**shared, **source}) for source in given]
+        given = [source.model_dump(exclude_none=True) for source in self.sources]
+        own_columns = {"caption_weights": None}  # weights of other columns than those of the source
+        return [
+            SourceConfig(**{**shared, **(own_columns if "caption_column" in source else {}), **source})
+            for source in given
+        ]
 
 
 class TransformConfig(Section):

@@ -40,7 +40,7 @@ def _parquet_file_rows(file: str, columns: tuple[str, ...]) -> Iterator[dict[str
     with pq.ParquetFile(file) as parquet:
         names = present_columns(parquet.schema_arrow.names, columns)
         batches = parquet.iter_batches(PARQUET_BATCH, columns=names) if names else ()
-        rows = (row for batch in batches for row in _batch_rows(batch))
+        rows = (row for batch in batches for row in batch_rows(batch))
         for number, row in enumerate(rows if names else ({} for _ in range(parquet.metadata.num_rows))):
             yield {"row": row, "place": f"{file}, row {number}"}
 
@@ -52,7 +52,8 @@ def present_columns(names: Iterable[str], columns: tuple[str, ...]) -> list[str]
     return sorted(set(found) & names)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of a parquet file, as values by column."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 

@@ -36,13 +36,7 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image: RGB, upright, with transparent parts on white.
         size: (height, width) of the upright image, pixels.
     """
-    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
-    if encoded is None:
-        path = stored["path"]
-        # `fsspec.open` would read brackets and `*` in a local name as a pattern
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            encoded = file.read()
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded_image(stored)))
     is_jpeg = isinstance(image, JpegImageFile)
     if not is_jpeg:
         image.load()  # this turns TIFF upright; in PNG the orientation may follow the pixels
@@ -52,6 +46,17 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image.draft(None, min_size if orientation in SWAPS_SIDES else min_size[::-1])
     image = _to_rgb(image)
     return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), (height, width)
+
+
+def encoded_image(stored: dict[str, Any] | bytes) -> bytes:
+    """The encoded bytes of a stored image, which may be in a file of their own."""
+    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
+    if encoded is None:
+        path = stored["path"]
+        # `fsspec.open` would read brackets and `*` in a local name as a pattern
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            encoded = file.read()
+    return encoded
 
 
 def _orientation(image: Image.Image) -> int | None:

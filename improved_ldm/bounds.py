@@ -47,6 +47,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 DecayRate = Annotated[Number, Field(ge=0, lt=1)]
+Aspect = Annotated[Number, Field(ge=1, le=2**16)]  # longer side / shorter side
 Share = Annotated[Number, Field(gt=0, le=1)]  # of a whole
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]

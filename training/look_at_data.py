@@ -15,14 +15,16 @@ from improved_ldm.bounds import Count, CountOrZero, LocalPath
 from improved_ldm.data.contact_sheet import ContactSheet
 from improved_ldm.data.look import Look
 from improved_ldm.data.report import report_lines
+from improved_ldm.data.rows import Rows
 from improved_ldm.data.spread import count_rows, spread_rows
 from improved_ldm.exits import exit_on_error
 from improved_ldm.naming import naming_part
 from improved_ldm.provenance import write_text
 from improved_ldm.settings import Section, parse_config_or_exit
-from improved_ldm.trainer.batches import image_transform, open_data
+from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.components import load_tokenizer
 from improved_ldm.trainer.config import Condition, DataConfig, RunConfig
+from improved_ldm.trainer.data import open_data, run_buckets
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -37,7 +39,7 @@ class LookConfig(Section):
     tiles: Count = 24
     """Number of rows on the contact sheet."""
     output: LocalPath = Path("runs/look")
-    """Folder for `report.txt` and `contact_sheet.png`; with stages it has a folder for each."""
+    """Folder for `report.txt` and `contact_sheet.png`; with several stages or sets it has a folder for each."""
 
 
 class Config(RunConfig):
@@ -78,16 +80,28 @@ def condition_of(data: DataConfig) -> Condition:
 
 
 def look_at(run: RunConfig, condition: Condition, options: LookConfig, folder: Path):
-    """Print and write the report on the data of a run or a stage, and draw its contact sheet.
+    """Look at the sets of a run or of a stage, one after the other.
+
+    Raises:
+        ValueError: if no row of a set can be used.
+    """
+    mixture = open_data(run.data, condition == "text")
+    for number, source in enumerate(mixture.sources, 1):
+        print(f"{source.name}:" if source.name else "")
+        with naming_part(source.name):
+            look_at_set(run, source.rows, options, folder / f"source-{number}" if source.name else folder)
+
+
+def look_at_set(run: RunConfig, rows: Rows, options: LookConfig, folder: Path):
+    """Print and write the report on a set, and draw its contact sheet.
 
     Raises:
         ValueError: if no row can be used.
     """
-    rows = open_data(run.data, condition == "text")
     rows = spread_rows(rows, options.rows) if options.rows else rows
-    tokenizer = load_tokenizer(run.text) if condition == "text" else None
-    look = Look(rows, image_transform(run, run.denoiser.control_parts), run.seed, tokenizer)
-    sheet = ContactSheet(options.tiles, rows.class_names)
+    tokenizer = None if rows.caption_column is None else load_tokenizer(run.text)
+    transform, buckets = image_transform(run, run.denoiser.control_parts), run_buckets(run.transform)
+    look, sheet = Look(rows, transform, buckets, run.seed, tokenizer), ContactSheet(options.tiles, rows.class_names)
     for seen in tqdm(look, total=options.rows or count_rows(rows), unit="img", desc="looking"):
         if seen is not None:
             sheet.add(seen)

@@ -20,11 +20,6 @@ def enlargement(control: Control) -> float:
     return max(target / extent for target, extent in zip(control.target_size, control.crop_size, strict=True))
 
 
-def sample_size(control: Control) -> tuple[int, int]:
-    """(height, width) of the sample, pixels."""
-    return tuple(map(round, control.target_size))
-
-
 def is_mirrored(control: Control) -> bool:
     """Whether the sample is the mirrored view."""
     return control.flip

@@ -8,7 +8,7 @@ import numpy as np
 from improved_ldm.data.files import count_of
 from improved_ldm.data.look import MUCH_CUT, Look
 from improved_ldm.data.rows import Rows
-from improved_ldm.data.stream import MAX_CORRUPT
+from improved_ldm.data.tally import MAX_CORRUPT
 
 SQUARE = 1.1  # longer side / shorter side, up to which an image counts as square
 DEGREES = ((3 / 2, "a little {}, up to 3:2"), (2, "{}, 3:2 to 2:1"), (np.inf, "very {}, over 2:1"))
@@ -39,12 +39,13 @@ def report_lines(look: Look, text: str, max_tokens: int) -> list[str]:
 
 
 def _row_lines(look: Look) -> list[str]:
-    skipped, total = look.skipped.total(), look.usable + look.skipped.total()
+    skipped, total = look.skipped.total(), look.usable + look.skipped.total() + look.left_out.total()
     share = f", {skipped:,} of them ({skipped / total:.1%}) cannot be used and are skipped" if skipped else ""
     lines = [f"{count_of(total, 'row')} looked at{share}"]
     for what, counts in (("row", look.skipped), ("file", look.lost)):
         for reason, count in counts.most_common():
             lines.append(f"    {count_of(count, what)}: {reason}; the first is {look.first_place[reason]}")
+    lines += [f"    {count_of(count, 'row')} left out: {reason}" for reason, count in look.left_out.most_common()]
     if skipped > MAX_CORRUPT * total:
         lines.append(f"    more than {MAX_CORRUPT:.0%} are skipped: a training run would stop")
     return lines
@@ -98,7 +99,7 @@ def _sample_lines(look: Look) -> list[str]:
 
 
 def _shares(total: int, *parts: float) -> list[str]:
-    return [f"{part / total:.1%}" for part in parts]
+    return [f"{part / total:.1%}" if total else "–" for part in parts]
 
 
 def _caption_lines(look: Look, text: str, max_tokens: int) -> list[str]:

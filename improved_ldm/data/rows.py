@@ -3,16 +3,18 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from improved_ldm.data.filters import ALL_ROWS, RowFilter
 from improved_ldm.data.formats import FAULT
-from improved_ldm.data.images import read_image
-from improved_ldm.data.retries import RemoteReadError, read_patiently
+from improved_ldm.data.images import read_image, read_size
+from improved_ldm.data.retries import RemoteReadError
+from improved_ldm.data.stored import StoredRow, Table, stored_windows
 
 # Members of webdataset shards that hold what a parquet file calls image, text and label.
 WEBDATASET_COLUMNS = {
@@ -52,6 +54,10 @@ class Rows:
         class_names: names of the classes in the order of their labels; None if the set does not have them.
         is_webdataset: whether `image`, `text` and `label` also find the usual members of a sample.
         description: what is read and what is left out, in a sentence or two.
+        table: function that opens the rows as a table, which is read in any order; None for a stream.
+        row_filter: which rows are used.
+        caption_prefix: text that every caption begins with.
+        own_classes: for each label in the files, its number in `class_names`; None if these are the same.
         named: number of skipped rows at the last log message, by reason; messages get rarer as the number grows.
     """
 
@@ -64,6 +70,10 @@ class Rows:
     class_names: list[str] | None = None
     is_webdataset: bool = False
     description: str = ""
+    table: Callable[[], Table] | None = field(default=None, compare=False, repr=False)
+    row_filter: RowFilter = ALL_ROWS
+    caption_prefix: str = ""
+    own_classes: tuple[int, ...] | None = None
     named: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -77,6 +87,36 @@ class Rows:
             for stored, *_ in window:
                 with contextlib.suppress(BadRowError):
                     yield self.caption(stored)
+
+    def reason_to_leave_out(self, row: StoredRow, size: tuple[int, int] | None = None) -> str | None:
+        """Why the filter of the set leaves out a row; None if it keeps it, or if the row is bad.
+
+        Args:
+            row: the stored row.
+            size: (height, width) of its image, pixels, if it is known.
+        """
+        with contextlib.suppress(BadRowError):  # counted as such when it is read
+            caption = None if self.caption_column is None else lambda: self.caption(row.values)
+            return self.row_filter.reason(caption, lambda: size or self.image_size(row.values))
+        return None
+
+    def decoded(self, row: StoredRow, seed: int, min_size: tuple[int, int] | None = None) -> "Row":
+        """The row with its image decoded.
+
+        Args:
+            row: the stored row.
+            seed: seed of the row in its epoch.
+            min_size: as in `read_image`.
+
+        Raises:
+            BadRowError: if it cannot be used.
+        """
+        stored = row.values
+        self.check(stored)
+        caption = None if self.caption_column is None else self.caption(stored)
+        label = None if self.label_column is None else self.label(stored)
+        image, size = self.image(stored, min_size)
+        return Row(image, size, caption, label, seed)
 
     def check(self, stored: dict[str, Any]):
         """Raise a BadRowError if something is wrong with a stored row as a whole."""
@@ -115,9 +155,20 @@ class Rows:
         Raises:
             BadRowError: if it cannot be read.
         """
+        return self._reading_image(stored, lambda encoded: read_image(encoded, min_size))
+
+    def image_size(self, stored: dict[str, Any]) -> tuple[int, int]:
+        """The (height, width) of the upright image of a stored row, pixels, from its header.
+
+        Raises:
+            BadRowError: if it cannot be read.
+        """
+        return self._reading_image(stored, read_size)
+
+    def _reading_image(self, stored: dict[str, Any], read: Callable[[dict[str, Any] | bytes], Any]) -> Any:
         encoded = self.stored_image(stored)
         try:
-            return read_image(encoded, min_size)
+            return read(encoded)
         except RemoteReadError:  # not the fault of the row
             raise
         except FileNotFoundError as error:
@@ -146,7 +197,7 @@ class Rows:
             text.encode()  # JSON can hold halves of surrogate pairs, which tokenizers refuse
         except UnicodeError as error:
             raise BadRowError("caption is not UTF-8", str(error)) from error
-        return text
+        return self.caption_prefix + text if text else text
 
     def label(self, stored: dict[str, Any]) -> int:
         """The label of a stored row.
@@ -160,10 +211,10 @@ class Rows:
         label = parse_integer(value.decode(errors="replace")) if isinstance(value, bytes) else value
         if type(label) is not int:
             raise BadRowError("label is not an integer", f"it is {label!r:.40}")
-        classes = self.num_classes or len(self.class_names or ()) or MAX_CLASSES
+        classes = len(self.own_classes or ()) or self.num_classes or len(self.class_names or ()) or MAX_CLASSES
         if not 0 <= label < classes:
             raise BadRowError("label is negative" if label < 0 else f"label is not below {classes}", f"it is {label}")
-        return label
+        return label if self.own_classes is None else self.own_classes[label]
 
 
 @dataclass(frozen=True)
@@ -176,6 +227,8 @@ class Row:
         caption: caption, "" if the set has none for this image; None if captions are not read.
         label: class index; None if labels are not read.
         seed: seed of the random transforms and the posterior sample of this row in this epoch.
+        source: number of the set that it is from, in a mixture.
+        group: number of the bucket of its size; 0 without buckets.
     """
 
     image: Image.Image
@@ -183,6 +236,8 @@ class Row:
     caption: str | None
     label: int | None
     seed: int
+    source: int = 0
+    group: int = 0
 
 
 def parse_integer(text: str) -> int | str:
@@ -215,29 +270,3 @@ def _parse_json(text: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRowError("JSON cannot be parsed", str(error)) from error
-
-
-class StoredRow(NamedTuple):
-    """A row of a set as it is stored, with its image not decoded.
-
-    Args:
-        values: values by column.
-        place: location in words; None if it is not known.
-        number: number of its file in the set and of the row in the file; None if they are not known.
-    """
-
-    values: dict[str, Any]
-    place: str | None
-    number: tuple[int, int] | None
-
-
-def stored_windows(dataset: datasets.IterableDataset, size: int, is_remote: bool) -> Iterator[list[StoredRow]]:
-    """The stored rows of a dataset, `size` at a time."""
-    batches = dataset.iter(batch_size=size)
-    for batch in read_patiently(batches) if is_remote else batches:
-        if batch.keys() == {"row", "place", "number"}:  # from `data.formats`
-            numbers = map(tuple, batch["number"])
-            yield list(map(StoredRow, batch["row"], batch["place"], numbers))
-        else:
-            rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-            yield [StoredRow(row, row.get("__key__"), None) for row in rows]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from improved_ldm.data.images import read_image
 from improved_ldm.data.retries import reading_hub
 from improved_ldm.data.rows import ABSENT, BadRowError, Row, Rows, column_names, stored_windows
 from improved_ldm.data.shards import LOST
-from improved_ldm.data.stream import CorruptImagesError, RowStream
+from improved_ldm.data.stream import RowStream
+from improved_ldm.data.tables import FolderTable, ParquetTable, ShardTable, is_packed
+from improved_ldm.data.tally import CorruptImagesError
 from improved_ldm.places import is_hub_id
 
 __all__ = [
@@ -147,6 +150,7 @@ def _open_parquet(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Ro
         _stream(parquet_rows, found.files, columns=_wanted(columns)),
         **columns,
         files=found.files,
+        table=partial(ParquetTable, found.files, _wanted(columns)),
         class_names=_agreed_class_names(schemas, columns["label_column"]),
         description=_describe(found, known),
     )
@@ -164,10 +168,12 @@ def _agreed_class_names(schemas: dict[str, pa.Schema], column: str | None) -> li
 
 
 def _open_webdataset(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+    wanted = _wanted(columns, is_webdataset=True)
     rows = Rows(
-        _stream(webdataset_rows, found.files, columns=_wanted(columns, is_webdataset=True)),
+        _stream(webdataset_rows, found.files, columns=wanted),
         **columns,
         files=found.files,
+        table=None if any(map(is_packed, found.files)) else partial(ShardTable, found.files, wanted),
         is_webdataset=True,
         description=_describe(found, "their rows are counted as they are read"),
     )
@@ -180,6 +186,7 @@ def _open_images(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Row
         _stream(image_folder_rows, None, entries=folder.entries, image_column=columns["image_column"]),
         **columns,
         files=folder.files,
+        table=partial(FolderTable, folder.entries, columns["image_column"]),
         class_names=folder.class_names if columns["label_column"] == "label" else None,
         description=_describe(found, count_of(len(folder.entries), "row"), folder.left_out, folder.notes),
     )

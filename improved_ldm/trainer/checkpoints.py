@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
-from improved_ldm.data.stream import skipped_rows
+from improved_ldm.data.tally import skipped_rows
 from improved_ldm.manifest import MANIFEST, find_damage, has_manifest, is_intact, write_manifest
 from improved_ldm.output import writing
 from improved_ldm.provenance import write_json, write_text

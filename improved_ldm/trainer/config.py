@@ -16,18 +16,17 @@ from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_keys
 from improved_ldm.sampling.steps import set_steps
 from improved_ldm.settings import Section
+from improved_ldm.trainer.data_sections import DataConfig, SourceConfig, TransformConfig
 from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.sections import (
     AutoencoderConfig,
     CacheConfig,
-    DataConfig,
     DenoiserConfig,
     HubConfig,
     ObjectiveConfig,
     SamplingConfig,
     TextConfig,
     TrainingConfig,
-    TransformConfig,
 )
 from improved_ldm.transfer.resolution import GuidanceTransfer, NoiseTransfer
 
@@ -58,6 +57,7 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "batch_size": "training.batch_size",
     "crop_policy": "transform.crop_policy",
     "source": "data.source",
+    "sources": "data.sources",
     "split": "data.split",
     "name": "data.name",
     "image_column": "data.image_column",
@@ -173,6 +173,8 @@ class StageConfig(Section):
     """What images are conditioned on; default: as in the stage before, and in the first stage as the script says."""
     source: Place | None = None
     """Images of the stage, as in `data.source`."""
+    sources: tuple[SourceConfig, ...] | None = None
+    """Images of the stage, as in `data.sources`."""
     split: Text | None = None
     """Split of that set."""
     name: Text | None = None
@@ -302,6 +304,10 @@ class RunConfig(SharedConfig):
         stage, last = self.stages[number], number == len(self.stages) - 1
         folder = Path(self.output_dir) / f"stage-{number + 1}-{stage.resolution}"
         values = self.model_dump() | {"output_dir": self.output_dir if last else folder.as_posix(), "stages": ()}
+        if stage.source is not None:
+            values["data"]["sources"] = ()
+        elif stage.sources:
+            values["data"]["source"] = DataConfig.model_fields["source"].default
         for field, key in STAGE_KEYS.items():
             section, _, name = key.partition(".")
             if (value := getattr(stage, field)) is not None:

@@ -93,7 +93,9 @@ def _look(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list) -> tuple[Pat
         picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
         if not pipeline.get_list_adapters():
             control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
-        judged = open_judged(run.config.evaluation.judge, run.config.data.source, pipeline.default_size, run.say)
+        judged = open_judged(
+            run.config.evaluation.judge, ", ".join(run.config.data.places), pipeline.default_size, run.say
+        )
         if judged is None:
             return picture, control, {}
         run.say("judging samples")

@@ -3,7 +3,7 @@ rows is a mistake."""
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,10 @@ class Tally:
             if place not in named:
                 named[place] = 1
                 logger.warning("skipped %s: %s; %d of %d shards so far", place, reason, len(self.lost), num_shards)
+
+    def leave_out(self, reasons: Iterable[str]):
+        """Count rows that the filter of the set leaves out."""
+        self.left_out = dict(Counter(self.left_out) + Counter(reasons))
 
     def judge(self):
         """Raise a CorruptImagesError if more than `MAX_CORRUPT` of the rows were skipped."""

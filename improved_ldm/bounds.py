@@ -65,6 +65,7 @@ Classes = Annotated[_Integer, Field(ge=1, le=10**6)]
 Window = Annotated[_Integer, Field(ge=1, le=10**7)]  # images that are in memory at once
 Passes = Annotated[_Integer, Field(ge=0, le=10**4)]
 Workers = Annotated[_Integer, Field(ge=0, le=1024)]
+Prefetched = Annotated[_Integer, Field(ge=0, le=1024)]  # batches that are in memory at once
 Threads = Annotated[_Integer, Field(ge=1, le=1024)]
 
 Number = Annotated[float, BeforeValidator(_is_no_boolean), Field(ge=-1e9, le=1e9)]

@@ -19,7 +19,7 @@ MAX_LINES = 350
 # Modules that every subpackage may import; they import only one another.
 HELPERS = {
     *("autoencoder", "bounds", "compatibility", "exits", "lineage", "loading", "manifest", "naming", "output"),
-    *("places", "plain_yaml", "provenance", "seeds", "settings", "settings_help", "version"),
+    *("places", "plain_yaml", "provenance", "resolution", "seeds", "settings", "settings_help", "version"),
 }
 # The other subpackages, and what each may import besides these modules.
 ARROWS = {
@@ -48,6 +48,7 @@ ARROWS = {
 NAMES_CONTROL = {
     "conditioning/control.py",  # the table
     "conditioning/control_embedding.py",  # the sizes of published models
+    "data/cuts.py",  # the geometry of a record
     "data/transforms.py",  # the measuring
     "evaluation/obedience.py",  # the tests
     "pipeline.py",  # the signature

@@ -37,11 +37,7 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image: RGB, upright, with transparent parts on white.
         size: (height, width) of the upright image, pixels.
     """
-    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
-    if encoded is None:
-        with _opened(stored["path"]) as file:
-            encoded = file.read()
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded_image(stored)))
     is_jpeg = isinstance(image, JpegImageFile)
     if not is_jpeg:
         image.load()  # this turns TIFF upright; in PNG the orientation may follow the pixels
@@ -51,6 +47,15 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image.draft(None, min_size if orientation in SWAPS_SIDES else min_size[::-1])
     image = _to_rgb(image)
     return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), (height, width)
+
+
+def encoded_image(stored: dict[str, Any] | bytes) -> bytes:
+    """The encoded bytes of a stored image, which may be in a file of their own."""
+    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
+    if encoded is None:
+        with _opened(stored["path"]) as file:
+            encoded = file.read()
+    return encoded
 
 
 def read_size(stored: dict[str, Any] | bytes) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The order in which sets of known length are read: shuffled passes, mixed by weight, in batches of one group."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +32,8 @@ def next_source(drawn: Sequence[int], weights: Sequence[float]) -> int:
         drawn: number of rows drawn from each source so far; they stay proportional to the weights, up to one row.
         weights: shares of the sources, relative to each other.
     """
+    if len(drawn) == 1:
+        return 0
     due = [(number + 0.5) / weight for number, weight in zip(drawn, weights, strict=True)]
     return due.index(min(due))
 
@@ -84,72 +85,56 @@ class BatchPlan:
         self.batches = 0  # batches before the position
         self.drawn = [0] * len(self.groups)
         self._waiting: dict[int, list[tuple[int, int, int]]] = {}
-        self._ready: deque[PlannedBatch] = deque()
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         """The batches from the position on; `batches` and the state count each one as it is given."""
+        is_plain = len(self.full) == len(self.groups) == 1
         while True:
-            while not self._ready:
-                self._draw()
+            batch = self._next_rows() if is_plain else self._next_full_group()
             self.batches += 1
-            yield self._ready.popleft()
+            yield batch
 
-    def _draw(self):
-        """Draw as many rows as a batch has."""
-        sources = self._next_sources()
-        rows, epochs = np.empty_like(sources), np.empty_like(sources)
-        for number in set(sources.tolist()):
-            places = np.flatnonzero(sources == number)
-            rows[places], epochs[places] = self._next_rows(number, len(places))
-        if len(self.full) == 1:
-            self._ready.append(PlannedBatch(next(iter(self.full)), sources, rows, epochs))
-            return
-        for source, row, epoch in zip(sources.tolist(), rows.tolist(), epochs.tolist(), strict=True):
+    def _next_rows(self) -> PlannedBatch:
+        """The next rows of a single source with a single group."""
+        places = np.arange(self.drawn[0], self.drawn[0] + self.batch_size)
+        self.drawn[0] += self.batch_size
+        epochs, offsets = np.divmod(places, len(self.groups[0]))
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            rows[epochs == epoch] = self._order(0, epoch)[offsets[epochs == epoch]]
+        return PlannedBatch(next(iter(self.full)), np.zeros_like(rows), rows, epochs)
+
+    def _next_full_group(self) -> PlannedBatch:
+        """The rows of the group that is the next to fill a batch."""
+        while True:
+            source = next_source(self.drawn, self.weights)
+            epoch, offset = divmod(self.drawn[source], len(self.groups[source]))
+            self.drawn[source] += 1
+            row = int(self._order(source, epoch)[offset])
             group = int(self.groups[source][row])
             waiting = self._waiting.setdefault(group, [])
             waiting.append((source, row, epoch))
             if len(waiting) == self.full[group]:
-                self._ready.append(PlannedBatch(group, *np.array(self._waiting.pop(group)).T))
-
-    def _next_sources(self) -> np.ndarray:
-        """The source of each of the next rows."""
-        if len(self.groups) == 1:
-            return np.zeros(self.batch_size, dtype=np.int64)
-        drawn, sources = list(self.drawn), []
-        for _ in range(self.batch_size):
-            sources.append(next_source(drawn, self.weights))
-            drawn[sources[-1]] += 1
-        return np.array(sources)
-
-    def _next_rows(self, source: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next rows of a source and their epochs, each (count,) int."""
-        places = np.arange(self.drawn[source], self.drawn[source] + count)
-        self.drawn[source] += count
-        epochs, offsets = np.divmod(places, len(self.groups[source]))
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            rows[epochs == epoch] = self._order(source, epoch)[offsets[epochs == epoch]]
-        return rows, epochs
+                return PlannedBatch(group, *np.array(self._waiting.pop(group)).T)
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The rows of a source in the order of a pass."""
         size = len(self.groups[source])
         if not self.shuffle:
-            return np.arange(size)
+            epoch = 0
         if (source, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key != (source, epoch - 1)}
+            self._orders.pop((source, epoch - 1), None)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, source, epoch))
-            self._orders[source, epoch] = torch.randperm(size, generator=generator).numpy()
+            shuffled = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
+            self._orders[source, epoch] = shuffled.numpy()
         return self._orders[source, epoch]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was given, as JSON values."""
-        ready = [[batch.group, *(part.tolist() for part in batch[1:])] for batch in self._ready]
         waiting = [[group, rows] for group, rows in self._waiting.items()]
-        return {"batches": self.batches, "drawn": list(self.drawn), "waiting": waiting, "ready": ready}
+        return {"batches": self.batches, "drawn": list(self.drawn), "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Continue after the batch at which `state_dict` was taken."""
         self.batches, self.drawn = state["batches"], list(state["drawn"])
         self._waiting = {group: [tuple(row) for row in rows] for group, rows in state["waiting"]}
-        self._ready = deque(PlannedBatch(group, *map(np.array, parts)) for group, *parts in state["ready"])

@@ -1,7 +1,6 @@
 """The rows of a set from its beginning to its end, split among ranks and workers, in an order that can be resumed."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from random import Random
@@ -9,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from datasets.distributed import split_dataset_by_node
 
 from improved_ldm.data.rows import BadRowError, Row, Rows, StoredRow, stored_windows
 from improved_ldm.data.shards import LOST
@@ -17,6 +15,7 @@ from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
 from improved_ldm.seeds import derive_seed
 
 MAX_STAND_INS = 32  # rows that are tried in place of one that cannot be used
+SHARDS_AT_ONCE = 8  # shards that a reader reads side by side
 IN_ORDER_WINDOW = 64  # rows read at once when nothing is shuffled
 SHARDS_PER_READER = 4  # with this many or more, a reader reads whole shards, although some get one more
 
@@ -29,7 +28,7 @@ class _Position:
     window: int = 0
     offset: int = 0
     start: int = 0  # place of the window's first row in the order, counted over all passes
-    source: dict | None = None  # state of the dataset at the start of the window; None at the start of a pass
+    source: list[dict] | None = None  # states of the lanes at the start of the window; None at the start of a pass
     tally: Tally = field(default_factory=Tally)
 
     @classmethod
@@ -179,37 +178,34 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def _windows(self) -> Iterator[list[StoredRow]]:
         """The remaining windows of the pass; moves the position from one to the next."""
-        position = self._position
-        dataset, to_pass_over = self._dataset_of_reader()
+        position, lanes = self._position, self._lanes()
         size = self.shuffle_window if self.shuffle_window > 1 else IN_ORDER_WINDOW
-        for number, window in enumerate(stored_windows(dataset, size, self.rows.is_remote)):
-            if number < to_pass_over:
-                continue
-            window = [row for row in window if self._is_kept(row)]
+        parts = [stored_windows(lane, -(-size // len(lanes)), self.rows.is_remote) for lane in lanes]
+        while stored := [row for part in parts for row in next(part, ())]:
+            reasons = [None if LOST in row.values else self.rows.reason_to_leave_out(row) for row in stored]
+            window = [row for row, reason in zip(stored, reasons, strict=True) if reason is None]
             yield window
-            position.source, position.offset = dataset.state_dict(), 0
+            if self._reader()[0] == 0:  # for all readers
+                position.tally.leave_out(reason for reason in reasons if reason is not None)
+            position.source, position.offset = [lane.state_dict() for lane in lanes], 0
             position.window, position.start = position.window + 1, position.start + len(window)
 
-    def _is_kept(self, row: StoredRow) -> bool:
-        """Whether the filter of the set keeps a row; the first reader counts those that it leaves out."""
-        reason = None if LOST in row.values else self.rows.reason_to_leave_out(row)
-        if reason is not None and self._reader()[0] == 0:
-            self._position.tally.left_out[reason] = self._position.tally.left_out.get(reason, 0) + 1
-        return reason is None
-
-    def _dataset_of_reader(self) -> tuple[datasets.IterableDataset, int]:
-        """The dataset that this reader reads, and the number of windows in it before the position."""
-        share = self._reader() if self._deals_shards() else (0, 1)
-        dataset = split_dataset_by_node(self.rows.dataset, *share, strategy="shards")
-        if self.shuffle_window > 1:
-            dataset.set_epoch(derive_seed(self.seed, self._position.epoch))  # shuffles shards, equally for all readers
-        source = self._position.source
-        if source is None:
-            return dataset, 0
-        if self.rows.files and "ArrowExamplesIterable" in json.dumps(source):  # by the parquet reader of `datasets`
-            return dataset, self._position.window
-        dataset.load_state_dict(source)
-        return dataset, 0
+    def _lanes(self) -> list[datasets.IterableDataset]:
+        """The reader's shards, in parts that are read side by side, because shards are often sorted, as by class."""
+        dataset, (reader, readers) = self.rows.dataset, self._reader() if self._deals_shards() else (0, 1)
+        count = min(SHARDS_AT_ONCE, max(1, dataset.num_shards // readers)) if self.shuffle_window > 1 else 1
+        lanes = [
+            dataset.shard(readers * count, reader + readers * lane, contiguous=False)
+            if dataset.num_shards > 1
+            else dataset
+            for lane in range(count)
+        ]
+        for number, lane in enumerate(lanes):
+            if self.shuffle_window > 1:
+                lane.set_epoch(derive_seed(self.seed, self._position.epoch))  # shuffles shards
+            if self._position.source is not None:
+                lane.load_state_dict(self._position.source[number])
+        return lanes
 
     def _deals_shards(self) -> bool:
         """Whether each reader reads whole shards instead of its part of every shard."""

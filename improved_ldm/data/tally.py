@@ -3,7 +3,7 @@ rows is a mistake."""
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,10 @@ class Tally:
                 named[place] = 1
                 logger.warning("skipped %s: %s; %d of %d shards so far", place, reason, len(self.lost), num_shards)
 
+    def leave_out(self, reasons: Iterable[str]):
+        """Count rows that the filter of the set leaves out."""
+        self.left_out = dict(Counter(self.left_out) + Counter(reasons))
+
     def judge(self):
         """Raise a CorruptImagesError if more than `MAX_CORRUPT` of the rows were skipped."""
         if sum(self.skipped.values()) > MAX_CORRUPT * self.seen:
@@ -124,3 +128,14 @@ def skipped_rows(state: Any) -> dict[str, int]:
     if "skipped_rows" in state:
         return dict(state["skipped_rows"])
     return skipped_rows(list(state.values()))
+
+
+def given_by_source(state: Any) -> Counter[int]:
+    """Number of samples that loaders have given, by the number of their source, from their states."""
+    if isinstance(state, list | tuple):
+        return sum(map(given_by_source, state), Counter())
+    if not isinstance(state, dict):
+        return Counter()
+    if "given" in state:
+        return Counter({int(source): count for source, count in state["given"].items()})
+    return given_by_source(list(state.values()))

@@ -14,6 +14,7 @@ from improved_ldm.bounds import (
     Positive,
     Probability,
     Share,
+    Sides,
     Text,
     Window,
     Workers,
@@ -131,10 +132,10 @@ class DataConfig(RowsConfig):
 
 
 class TransformConfig(Section):
-    """How an image becomes a square sample; the fields are those of `ImageTransform`."""
+    """How an image becomes a sample; the fields are those of `ImageTransform`."""
 
-    resolution: Pixels = 256
-    """Side length of training images, in pixels."""
+    resolution: Sides = 256
+    """Side length of training images in pixels, or [height, width]."""
     crop_policy: CropPolicy = "resize_then_crop"
     """Scale, then crop; crop a box of varying size, then scale; or crop at the scale of a later stage."""
     crop_position: CropPosition = "random"
@@ -149,8 +150,8 @@ class TransformConfig(Section):
     """Probability that an image is scaled down before it is scaled up again."""
     min_original_size: Pixels | None = None
     """Smallest shorter side of an image that is scaled down, in pixels."""
-    target_scale: Pixels | None = None
-    """Side length of the samples of a later stage, in pixels; `crop_at_target_scale` crops at their scale."""
+    target_scale: Sides | None = None
+    """`resolution` of a later stage; `crop_at_target_scale` crops at its scale."""
     buckets: bool = False
     """Samples of several aspect ratios, all with the area of `resolution`; each image gets the nearest one."""
     bucket_step: Pixels | None = None

@@ -71,9 +71,11 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 DecayRate = Annotated[Number, Field(ge=0, lt=1)]
+Aspect = Annotated[Number, Field(ge=1, le=2**16)]  # longer side / shorter side
 Share = Annotated[Number, Field(gt=0, le=1)]  # of a whole
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Columns = Text | tuple[Text, ...]
 Place = Annotated[  # a path or a Hub id
     str, Field(min_length=1, max_length=4096), AfterValidator(check_path), PlainSerializer(_dumped)
 ]

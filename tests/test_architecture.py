@@ -48,6 +48,7 @@ ARROWS = {
 NAMES_CONTROL = {
     "conditioning/control.py",  # the table
     "conditioning/control_embedding.py",  # the sizes of published models
+    "data/cuts.py",  # the geometry of a record
     "data/transforms.py",  # the measuring
     "evaluation/obedience.py",  # the tests
     "pipeline.py",  # the signature

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from improved_ldm.autoencoder import decode_latents, encode_images
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.judge import Judge
@@ -23,7 +23,7 @@ NOUNS = ("T-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "
 def batch():
     """1000 images of the embedded test split."""
     rows = open_rows("embedded:fashion-mnist", split="test", label_column="label")
-    return next(iter(make_loader(rows, ImageTransform(32), batch_size=1000, shuffle_window=0, repeat=False)))
+    return next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
 
 
 @pytest.fixture(scope="module")

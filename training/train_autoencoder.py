@@ -33,7 +33,7 @@ from improved_ldm.bounds import (
     Width,
     Workers,
 )
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.exits import exit_on_error
@@ -130,7 +130,7 @@ def load_pixels(config: Config, split: str, transform: ImageTransform) -> torch.
     """The first 2000 images of a split, each transformed: (images, 3, resolution, resolution)."""
     with naming_keys(source="data", split="test_split"):
         rows = open_rows(config.data, split, caption_column=None)
-    return next(iter(make_loader(rows, transform, batch_size=2000, shuffle_window=0, repeat=False)))["pixels"]
+    return next(iter(make_pass(rows, transform, batch_size=2000)))["pixels"]
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from improved_ldm.bounds import (
     Text,
     Width,
 )
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.exits import exit_on_error
@@ -142,7 +142,7 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> dict
     """Share of 2000 test images whose nearest caption, among those of all these images, matches them."""
     with naming_keys(source="data", split="test_split"):
         rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
-    loader = make_loader(rows, ImageTransform(config.resolution), batch_size=2000, shuffle_window=0, repeat=False)
+    loader = make_pass(rows, ImageTransform(config.resolution), batch_size=2000)
     batch = next(iter(loader))
     groups = match_groups(batch)
     captions = dict(zip(batch["caption"], groups, strict=True))

@@ -28,7 +28,7 @@ from improved_ldm.bounds import (
     Text,
     Width,
 )
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.judge import Judge
@@ -88,7 +88,7 @@ def evaluate(judge: Judge, config: Config) -> dict[str, float]:
     with naming_keys(source="data", split="test_split"):
         rows = open_rows(config.data, split=config.test_split, label_column=config.label_column)
     transform = ImageTransform(config.resolution)
-    batches = make_loader(rows, transform, batch_size=250, shuffle_window=0, repeat=False)
+    batches = make_pass(rows, transform, batch_size=250)
     class_hits, flip_hits = [], []
     for pixels, labels, flips in map(with_mirror_images, batches):
         judged_labels, judged_flips = judge.class_and_flip(pixels)

@@ -21,8 +21,9 @@ from improved_ldm.trainer.adapters import (
     load_base,
     set_trained,
 )
-from improved_ldm.trainer.batches import image_transform, open_batches, open_data, survey
+from improved_ldm.trainer.batches import image_transform, open_batches
 from improved_ldm.trainer.config import AdapterRunConfig
+from improved_ldm.trainer.data import check_buckets, open_data, survey
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
 from improved_ldm.trainer.hub_push import pipeline_pusher
@@ -43,6 +44,7 @@ def train_adapter(config: AdapterRunConfig):
     check_adapter_run(config, pipeline)
     config = fill_from_base(config, pipeline)
     image_transform(config)
+    check_buckets(config.transform, pipeline.vae_scale_factor * pipeline.denoiser.patch_size)
     class_names = pipeline.config.class_names
     rows = open_data(config.data, pipeline.takes_text)
     look = survey(rows)

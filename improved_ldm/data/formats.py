@@ -37,12 +37,16 @@ def parquet_rows(files: list[str], numbers: list[int], columns: tuple[str, ...])
 
 
 def _parquet_file_rows(file: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    rows = (row for batch in parquet_batches(file, columns) for row in batch_rows(batch))
+    for number, row in enumerate(rows):
+        yield {"row": row, "place": f"{file}, row {number}"}
+
+
+def parquet_batches(file: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """The rows of a parquet file in batches of at most `PARQUET_BATCH`, with those columns that the file has."""
     with pq.ParquetFile(file) as parquet:
         names = present_columns(parquet.schema_arrow.names, columns)
-        batches = parquet.iter_batches(PARQUET_BATCH, columns=names) if names else ()
-        rows = (row for batch in batches for row in _batch_rows(batch))
-        for number, row in enumerate(rows if names else ({} for _ in range(parquet.metadata.num_rows))):
-            yield {"row": row, "place": f"{file}, row {number}"}
+        yield from parquet.iter_batches(PARQUET_BATCH, columns=names)
 
 
 def present_columns(names: Iterable[str], columns: tuple[str, ...]) -> list[str]:
@@ -52,7 +56,10 @@ def present_columns(names: Iterable[str], columns: tuple[str, ...]) -> list[str]
     return sorted(set(found) & names)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; strings that are not UTF-8 are given as bytes."""
+    if not batch.num_columns:
+        return ({} for _ in range(batch.num_rows))
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
@@ -90,8 +97,7 @@ def webdataset_rows(files: list[str], numbers: list[int], columns: tuple[str, ..
         columns: members to read, by the part of the name after that dot; `a.b` is inside member a. Other members are
             listed without their bytes.
     """
-    wanted = {name for column in columns for name in (column, column.partition(".")[0])}
-    yield from rows_of_shards(files, numbers, partial(_shard_rows, wanted=wanted))
+    yield from rows_of_shards(files, numbers, partial(_shard_rows, wanted=_member_names(columns)))
 
 
 def _shard_rows(file: str, wanted: set[str]) -> Iterator[dict[str, Any]]:
@@ -101,15 +107,42 @@ def _shard_rows(file: str, wanted: set[str]) -> Iterator[dict[str, Any]]:
         xopen(file, "rb", block_size=0) if is_remote else open(file, "rb") as stream,
         _Shard.open(fileobj=stream, mode="r|*") as tar,
     ):
-        for key, members in groupby(_members(tar), key=lambda member: member[0]):
-            row = {"__key__": key}
-            for _, name, member in members:
-                if name in row and name in wanted:
-                    row[FAULT] = f"sample has two members .{name}"
-                row[name] = tar.extractfile(member).read() if name in wanted else None
-            yield {"row": row, "place": printable(f"{file}, sample {key}")}
+        yield from (row for row, _ in _samples(tar, file, wanted))
         if not tar.has_end_mark:
             yield {"row": {LOST: NO_END_MARK}, "place": f"{file}, all after its last sample"}
+
+
+def _samples(tar: "_Shard", file: str, wanted: set[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    """The samples of a shard, and where each begins in the file, bytes."""
+    for key, members in groupby(_members(tar), key=lambda member: member[0]):
+        row, start = {"__key__": key}, None
+        for _, name, member in members:
+            start = member.offset if start is None else start
+            if name in row and name in wanted:
+                row[FAULT] = f"sample has two members .{name}"
+            row[name] = tar.extractfile(member).read() if name in wanted else None
+        yield {"row": row, "place": printable(f"{file}, sample {key}")}, start
+
+
+def sample_offsets(file: str) -> Iterator[int | None]:
+    """Where each sample of a local shard that is not packed begins, bytes; None at the end if it has no end mark."""
+    with open(file, "rb") as stream, _Shard.open(fileobj=stream, mode="r:") as tar:
+        yield from (start for _, start in _samples(tar, file, wanted=set()))
+        if not tar.has_end_mark:
+            yield None
+
+
+def sample_at(file: str, offset: int, columns: tuple[str, ...]) -> dict[str, Any]:
+    """The sample of a shard that begins at an offset of `sample_offsets`."""
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        with _Shard.open(fileobj=stream, mode="r:") as tar:
+            return next(_samples(tar, file, _member_names(columns)))[0]
+
+
+def _member_names(columns: tuple[str, ...]) -> set[str]:
+    """The members that hold these columns; `a.b` is inside member a."""
+    return {name for column in columns for name in (column, column.partition(".")[0])}
 
 
 class _Member(tarfile.TarInfo):

@@ -1,12 +1,13 @@
 """Decodes images to upright RGB, regardless of their depth, palette, transparency or orientation."""
 
 import io
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 EXIF_ORIENTATION = 0x0112
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
@@ -36,13 +37,7 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image: RGB, upright, with transparent parts on white.
         size: (height, width) of the upright image, pixels.
     """
-    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
-    if encoded is None:
-        path = stored["path"]
-        # `fsspec.open` would read brackets and `*` in a local name as a pattern
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            encoded = file.read()
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded_image(stored)))
     is_jpeg = isinstance(image, JpegImageFile)
     if not is_jpeg:
         image.load()  # this turns TIFF upright; in PNG the orientation may follow the pixels
@@ -52,6 +47,35 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
         image.draft(None, min_size if orientation in SWAPS_SIDES else min_size[::-1])
     image = _to_rgb(image)
     return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), (height, width)
+
+
+def encoded_image(stored: dict[str, Any] | bytes) -> bytes:
+    """The encoded bytes of a stored image, which may be in a file of their own."""
+    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
+    if encoded is None:
+        with _opened(stored["path"]) as file:
+            encoded = file.read()
+    return encoded
+
+
+def read_size(stored: dict[str, Any] | bytes) -> tuple[int, int]:
+    """The (height, width) of an upright image, pixels, from its header.
+
+    The orientation of a PNG image counts if it is written before the pixels.
+
+    Args:
+        stored: as in `read_image`.
+    """
+    encoded = stored if isinstance(stored, bytes) else stored.get("bytes")
+    with _opened(stored["path"]) if encoded is None else io.BytesIO(encoded) as file, Image.open(file) as image:
+        is_late = isinstance(image, PngImageFile) and "exif" not in image.info
+        orientation = None if is_late else _orientation(image)
+        return image.size if orientation in SWAPS_SIDES else image.size[::-1]
+
+
+def _opened(path: str) -> IO[bytes]:
+    # `fsspec.open` would read brackets and `*` in a local name as a pattern
+    return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -4,11 +4,12 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
@@ -18,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from improved_ldm.autoencoder import encode_images
 from improved_ldm.conditioning.text import TextTokens, encode_prompts, unique_prompts
 from improved_ldm.data.fingerprint import file_stamp, place_files
+from improved_ldm.data.order import BatchPlan, PlannedBatch
 from improved_ldm.manifest import find_damage, has_manifest, write_manifest
 from improved_ldm.output import writing
-from improved_ldm.seeds import derive_seed
 
 ROWS_PER_SHARD = 4096
 CAPTIONS_AT_ONCE = 256
@@ -41,6 +42,9 @@ class EncodedBatch:
     control: torch.Tensor
     text: TextTokens | None = None
     class_labels: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The batch as named tensors."""
@@ -199,6 +203,8 @@ class LatentCache:
         self.order = torch.cat([shard.pop("seed") for shard in self.shards]).argsort()
         counts = (json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("*-skipped.json"))
         self.skipped_rows = dict(sum(map(Counter, counts), Counter()))
+        self.groups = np.zeros(len(self), dtype=np.int64)
+        self.sources = np.zeros(len(self), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -226,42 +232,54 @@ class LatentCache:
 
 
 class CachedLoader:
-    """Endless batches from a cache, reshuffled every epoch. Its position is the number of batches read so far.
+    """Endless batches from a cache, in the order of a `BatchPlan`.
 
     Args:
         cache: the cache.
-        batch_size: rows per batch and rank.
+        batch_size: rows per batch and rank; batches of rare buckets have fewer.
         seed: seed of the order.
         rank: rank of this process.
-        world_size: number of processes; together they see every row once per epoch.
+        world_size: number of processes, which take the batches of the plan in turn.
+        weights: shares of the sources in the rows, relative to each other; default: equal.
     """
 
-    def __init__(self, cache: LatentCache, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.cache, self.batch_size, self.seed = cache, batch_size, seed
-        self.rank, self.world_size, self.batches = rank, world_size, 0
-        self._epoch, self._order = -1, torch.empty(0)
+    def __init__(
+        self,
+        cache: LatentCache,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Sequence[float] | None = None,
+    ):
+        self.cache, self.batch_size, self.rank, self.world_size = cache, batch_size, rank, world_size
+        self._of_source = [np.flatnonzero(cache.sources == source) for source in range(cache.sources.max() + 1)]
+        self.plan = BatchPlan([cache.groups[rows] for rows in self._of_source], batch_size, seed, weights)
+        self.given: Counter[int] = Counter()
 
     def __iter__(self) -> Iterator[EncodedBatch]:
-        while True:
-            start = (self.batches * self.world_size + self.rank) * self.batch_size
-            self.batches += 1
-            yield self.cache.rows(self._indices(start))
+        for batch in self.plan:
+            if (self.plan.batches - 1) % self.world_size == self.rank:
+                self.given.update(batch.sources.tolist())
+                yield self.cache.rows(torch.from_numpy(self._numbers(batch)))
 
-    def _indices(self, start: int) -> torch.Tensor:
-        """Row numbers of one batch that starts at place `start` in the endless sequence of shuffled epochs."""
-        size, indices = len(self.cache), []
-        for place in range(start, start + self.batch_size):
-            epoch, offset = divmod(place, size)
-            if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-                self._epoch, self._order = epoch, torch.randperm(size, generator=generator)
-            indices.append(self._order[offset])
-        return torch.stack(indices)
+    def _numbers(self, batch: PlannedBatch) -> np.ndarray:
+        """The numbers in the cache, (batch,) int, of the rows of a batch."""
+        numbers = np.empty_like(batch.rows)
+        for source in np.unique(batch.sources):
+            at = batch.sources == source
+            numbers[at] = self._of_source[source][batch.rows[at]]
+        return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches read, their size, the number of ranks and, on the first rank, the skipped rows."""
-        state = {"batches": self.batches, "batch_size": self.batch_size, "world_size": self.world_size}
-        return state | {"skipped_rows": self.cache.skipped_rows if self.rank == 0 else {}}
+        """The position in the plan, its layout and, on the first rank, the skipped rows of the set."""
+        return {
+            "plan": self.plan.state_dict(),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "given": {str(source): count for source, count in self.given.items()},
+            "skipped_rows": self.cache.skipped_rows if self.rank == 0 else {},
+        }
 
     def load_state_dict(self, state: dict[str, Any]):
         """Start the next iteration where `state_dict` was taken.
@@ -272,7 +290,8 @@ class CachedLoader:
         for name in ("batch_size", "world_size"):
             if state[name] != (value := getattr(self, name)):
                 raise ValueError(f"the run was stopped with `{name}` {state[name]}; it cannot resume with {value}.")
-        self.batches = state["batches"]
+        self.plan.load_state_dict(state["plan"])
+        self.given = Counter({int(source): count for source, count in state["given"].items()})
 
 
 def publish_cache(unfinished: Path, folder: Path):

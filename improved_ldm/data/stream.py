@@ -1,33 +1,23 @@
-"""The rows of a set in an order that can be resumed exactly, split among ranks and workers; bad rows are skipped."""
+"""The rows of a set from its beginning to its end, split among ranks and workers, in an order that can be resumed."""
 
 import contextlib
-import json
-import logging
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from random import Random
 from typing import Any
 
 import datasets
 import torch
-from datasets.distributed import split_dataset_by_node
 
 from improved_ldm.data.rows import BadRowError, Row, Rows, StoredRow, stored_windows
-from improved_ldm.data.shards import LOST, NO_END_MARK
+from improved_ldm.data.shards import LOST
+from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
 from improved_ldm.seeds import derive_seed
 
-logger = logging.getLogger(__name__)
-
-MAX_CORRUPT = 0.05  # fraction of bad rows that a run may skip
-MIN_ROWS_TO_JUDGE = 100  # rows of a pass after which that fraction is checked
 MAX_STAND_INS = 32  # rows that are tried in place of one that cannot be used
+SHARDS_AT_ONCE = 8  # shards that a reader reads side by side
 IN_ORDER_WINDOW = 64  # rows read at once when nothing is shuffled
 SHARDS_PER_READER = 4  # with this many or more, a reader reads whole shards, although some get one more
-
-
-class CorruptImagesError(RuntimeError):
-    """Too many rows of a set cannot be used."""
 
 
 @dataclass
@@ -38,38 +28,26 @@ class _Position:
     window: int = 0
     offset: int = 0
     start: int = 0  # place of the window's first row in the order, counted over all passes
-    source: dict | None = None  # state of the dataset at the start of the window; None at the start of a pass
-    seen: int = 0  # rows of this pass
-    skipped: dict[str, int] = field(default_factory=dict)  # number of bad rows among them, by reason
-    lost: dict[str, str] = field(default_factory=dict)  # reason of each shard that failed in this pass, by its place
-    without_caption: int = 0  # rows of this pass whose caption is empty
-    last_pass: dict[str, int] | None = None  # what the previous pass skipped
-
-    def counts(self) -> dict[str, int]:
-        """Number of rows and shards that were skipped in this pass, by reason."""
-        return self.skipped | Counter(self.lost.values())
+    source: list[dict] | None = None  # states of the lanes at the start of the window; None at the start of a pass
+    tally: Tally = field(default_factory=Tally)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "_Position":
-        """The position of a state; earlier versions wrote a single count of skipped rows, `corrupt`."""
+        """The position of a state. Earlier versions wrote the tally among the other values, and before that a single
+        count of skipped rows, `corrupt`."""
+        state = dict(state)
         corrupt = state.pop("corrupt", 0)
-        return cls(**{"skipped": {"image cannot be decoded": corrupt} if corrupt else {}, **state})
+        earlier = {key.name: state.pop(key.name) for key in fields(Tally) if key.name in state}
+        if corrupt:
+            earlier["skipped"] = {"image cannot be decoded": corrupt}
+        return cls(**{**state, "tally": Tally(**{**earlier, **state.pop("tally", {})})})
 
 
-def skipped_rows(state: Any) -> dict[str, int]:
-    """Number of skipped rows of a set, by reason, from the state of one or several loaders.
-
-    Args:
-        state: state of a stream or of anything that holds states of streams, such as a loader with workers. Each
-            reader counts its last complete pass, or its first pass so far.
-    """
-    if isinstance(state, list | tuple):
-        return dict(sum((Counter(skipped_rows(item)) for item in state), Counter()))
-    if not isinstance(state, dict):
-        return {}
-    if "skipped_rows" in state:
-        return dict(state["skipped_rows"])
-    return skipped_rows(list(state.values()))
+def reader_among(rank: int, world_size: int) -> tuple[int, int]:
+    """The index of this worker among all workers of all ranks, which take batches in turn, and their number."""
+    worker = torch.utils.data.get_worker_info()
+    index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    return index * world_size + rank, world_size * count
 
 
 class RowStream(torch.utils.data.IterableDataset):
@@ -127,9 +105,8 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row that was read, and what was skipped."""
-        last = self._position.last_pass
-        skipped = self._position.counts() if last is None else last
-        return {"layout": self._layout(), "skipped_rows": dict(skipped), **asdict(self._position)}
+        skipped = self._position.tally.skipped_rows()
+        return {"layout": self._layout(), "skipped_rows": skipped, **asdict(self._position)}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Start the next iteration where `state_dict` was taken."""
@@ -153,16 +130,14 @@ class RowStream(torch.utils.data.IterableDataset):
         return {**order, "reader": reader, "readers": readers}
 
     def _reader(self) -> tuple[int, int]:
-        """The index of this worker among all workers of all ranks, which take batches in turn, and their number."""
-        worker = torch.utils.data.get_worker_info()
-        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return index * self.world_size + self.rank, self.world_size * count
+        return reader_among(self.rank, self.world_size)
 
     def _passes(self) -> Iterator[Row]:
         yield from self._one_pass()
         while self.repeat:
             before = self._position
-            self._position = _Position(epoch=before.epoch + 1, start=before.start, last_pass=before.counts())
+            tally = Tally(last_pass=before.tally.counts())
+            self._position = _Position(epoch=before.epoch + 1, start=before.start, tally=tally)
             yield from self._one_pass()
 
     def _one_pass(self) -> Iterator[Row]:
@@ -172,10 +147,10 @@ class RowStream(torch.utils.data.IterableDataset):
             if self.shuffle_window > 1:
                 Random(self._seed_of_window()).shuffle(window)
             for offset in self._own_offsets(len(window)):
-                position.offset, position.seen = offset + 1, position.seen + 1
+                position.offset, position.tally.seen = offset + 1, position.tally.seen + 1
                 row = self._read(window[offset], self._seed_of_row(window[offset], position.start + offset))
-                if position.seen >= MIN_ROWS_TO_JUDGE:
-                    self._judge_skipped()
+                if position.tally.seen >= MIN_ROWS_TO_JUDGE:
+                    position.tally.judge()
                 if row is None and self.repeat:
                     row = self._stand_in(window, offset)
                 if row is not None:
@@ -188,7 +163,8 @@ class RowStream(torch.utils.data.IterableDataset):
         for stored in following[:MAX_STAND_INS]:
             if LOST not in stored.values:
                 with contextlib.suppress(BadRowError):
-                    return self._decode(stored, self._seed_of_row(stored, self._position.start + offset))
+                    seed = self._seed_of_row(stored, self._position.start + offset)
+                    return self.rows.decoded(stored, seed, self.min_size)
         return None
 
     def _own_offsets(self, size: int) -> list[int]:
@@ -202,29 +178,34 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def _windows(self) -> Iterator[list[StoredRow]]:
         """The remaining windows of the pass; moves the position from one to the next."""
-        position = self._position
-        dataset, to_pass_over = self._dataset_of_reader()
+        position, lanes = self._position, self._lanes()
         size = self.shuffle_window if self.shuffle_window > 1 else IN_ORDER_WINDOW
-        for number, window in enumerate(stored_windows(dataset, size, self.rows.is_remote)):
-            if number < to_pass_over:
-                continue
+        parts = [stored_windows(lane, -(-size // len(lanes)), self.rows.is_remote) for lane in lanes]
+        while stored := [row for part in parts for row in next(part, ())]:
+            reasons = [None if LOST in row.values else self.rows.reason_to_leave_out(row) for row in stored]
+            window = [row for row, reason in zip(stored, reasons, strict=True) if reason is None]
             yield window
-            position.source, position.offset = dataset.state_dict(), 0
+            if self._reader()[0] == 0:  # for all readers
+                position.tally.leave_out(reason for reason in reasons if reason is not None)
+            position.source, position.offset = [lane.state_dict() for lane in lanes], 0
             position.window, position.start = position.window + 1, position.start + len(window)
 
-    def _dataset_of_reader(self) -> tuple[datasets.IterableDataset, int]:
-        """The dataset that this reader reads, and the number of windows in it before the position."""
-        share = self._reader() if self._deals_shards() else (0, 1)
-        dataset = split_dataset_by_node(self.rows.dataset, *share, strategy="shards")
-        if self.shuffle_window > 1:
-            dataset.set_epoch(derive_seed(self.seed, self._position.epoch))  # shuffles shards, equally for all readers
-        source = self._position.source
-        if source is None:
-            return dataset, 0
-        if self.rows.files and "ArrowExamplesIterable" in json.dumps(source):  # by the parquet reader of `datasets`
-            return dataset, self._position.window
-        dataset.load_state_dict(source)
-        return dataset, 0
+    def _lanes(self) -> list[datasets.IterableDataset]:
+        """The reader's shards, in parts that are read side by side, because shards are often sorted, as by class."""
+        dataset, (reader, readers) = self.rows.dataset, self._reader() if self._deals_shards() else (0, 1)
+        count = min(SHARDS_AT_ONCE, max(1, dataset.num_shards // readers)) if self.shuffle_window > 1 else 1
+        lanes = [
+            dataset.shard(readers * count, reader + readers * lane, contiguous=False)
+            if dataset.num_shards > 1
+            else dataset
+            for lane in range(count)
+        ]
+        for number, lane in enumerate(lanes):
+            if self.shuffle_window > 1:
+                lane.set_epoch(derive_seed(self.seed, self._position.epoch))  # shuffles shards
+            if self._position.source is not None:
+                lane.load_state_dict(self._position.source[number])
+        return lanes
 
     def _deals_shards(self) -> bool:
         """Whether each reader reads whole shards instead of its part of every shard."""
@@ -244,63 +225,25 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def _read(self, row: StoredRow, seed: int) -> Row | None:
         """The row, or None if it cannot be used."""
+        tally, named = self._position.tally, self.rows.named
         if LOST in row.values:
-            self._lose_shard(row.place, row.values[LOST])
+            tally.seen -= 1  # a lost shard is not a row
+            tally.lose({row.place: row.values[LOST]}, self._own_shards(), named)
             return None
         try:
-            decoded = self._decode(row, seed)
+            decoded = self.rows.decoded(row, seed, self.min_size)
         except BadRowError as error:
-            self._skip(error, row.place or f"row {self._position.seen} of this pass")
+            tally.skip(error, row.place, named)
             return None
-        self._position.without_caption += decoded.caption == ""
+        tally.without_caption += decoded.caption == ""
         return decoded
 
-    def _decode(self, row: StoredRow, seed: int) -> Row:
-        rows, stored = self.rows, row.values
-        rows.check(stored)
-        caption = None if rows.caption_column is None else rows.caption(stored)
-        label = None if rows.label_column is None else rows.label(stored)
-        image, size = rows.image(stored, self.min_size)
-        return Row(image, size, caption, label, seed)
-
-    def _skip(self, error: BadRowError, place: str):
-        skipped, named, reason = self._position.skipped, self.rows.named, error.reason
-        skipped[reason] = count = skipped.get(reason, 0) + 1
-        if count.bit_count() == 1 and count > named.get(reason, 0):  # a damaged set does not flood the log
-            named[reason] = count
-            logger.warning("skipped %s: %s%s", place, error, f"; {count} rows so far" if count > 1 else "")
-
-    def _lose_shard(self, place: str, reason: str):
-        position, named = self._position, self.rows.named
-        position.seen -= 1  # a lost shard is not a row
-        position.lost[place] = reason
-        readers = self._reader()[1]
-        shards = -(-self.rows.dataset.num_shards // readers) if self._deals_shards() else self.rows.dataset.num_shards
-        bad = {place: reason for place, reason in position.lost.items() if reason != NO_END_MARK}
-        if len(bad) > max(1, MAX_CORRUPT * shards) or len(bad) == shards:
-            lost = "; ".join(f"{place} ({reason})" for place, reason in bad.items())
-            raise CorruptImagesError(f"{len(bad)} of {shards} shards cannot be read: {lost}.")
-        if place not in named:
-            named[place] = 1
-            logger.warning("skipped %s: %s; %d of %d shards so far", place, reason, len(position.lost), shards)
-
-    def _judge_skipped(self):
-        position = self._position
-        if sum(position.skipped.values()) > MAX_CORRUPT * position.seen:
-            raise CorruptImagesError(f"{_counts(position)}; at most {MAX_CORRUPT:.0%} are allowed.")
+    def _own_shards(self) -> int:
+        """Number of shards that this reader reads."""
+        shards = self.rows.dataset.num_shards
+        return -(-shards // self._reader()[1]) if self._deals_shards() else shards
 
     def _end_pass(self, is_empty: bool):
-        position = self._position
         if is_empty and self.repeat:
             raise ValueError("the set has no rows to repeat.")
-        if position.skipped and position.skipped != position.last_pass:
-            logger.warning("%s in this pass; they are skipped", _counts(position))
-        if position.without_caption and position.last_pass is None:
-            logger.warning("%d of %d rows have an empty caption", position.without_caption, position.seen)
-        if sum(position.skipped.values()) > 1 or self._reader()[1] == 1:  # one bad row means little in a small share
-            self._judge_skipped()
-
-
-def _counts(position: _Position) -> str:
-    reasons = "; ".join(f"{count}: {reason}" for reason, count in position.skipped.items())
-    return f"{sum(position.skipped.values())} of {position.seen} rows cannot be used ({reasons})"
+        self._position.tally.judge_pass(is_whole=self._reader()[1] == 1)

@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 import torch
 from torch.nn.functional import interpolate
 
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.judge import Judge
@@ -53,7 +53,7 @@ def load_real_images(rows: Rows, resolution: int, count: int) -> RealImages:
 
     `resolution` is in pixels.
     """
-    loader = make_loader(rows, ImageTransform(resolution), BATCH_SIZE, shuffle_window=1, repeat=False)
+    loader = make_pass(rows, ImageTransform(resolution), BATCH_SIZE)
     batches = list(islice(loader, -(-count // BATCH_SIZE)))
     return RealImages(
         torch.cat([batch["pixels"] for batch in batches])[:count],

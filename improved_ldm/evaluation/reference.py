@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import RESAMPLING, ImageTransform
 from improved_ldm.evaluation.networks import to_bytes
@@ -118,7 +118,7 @@ def check_reference(reference: Identified, expected: dict[str, str]):
 
 
 def _read(rows: Rows, transform: ImageTransform, max_images: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    loader = make_loader(rows, transform, batch_size, shuffle_window=0, repeat=False)
+    loader = make_pass(rows, transform, batch_size)
     for start, batch in zip(range(0, max_images, batch_size), loader, strict=False):
         yield {name: values[: max_images - start] for name, values in batch.items()}
 

@@ -62,16 +62,41 @@ def card_data(
         tags: Tags besides the one of the model family.
         more: Further fields.
     """
-    source = config["data"]["source"]
+    hub_sets = [source["source"] for source in data_sources(config) if is_hub_id(source["source"])]
     return ModelCardData(
         license=config["hub"]["license"],
         library_name="diffusers",
         pipeline_tag="text-to-image" if pipeline.takes_text else "unconditional-image-generation",
         tags=[TAG, *tags],
-        datasets=[source] if is_hub_id(source) else None,
+        datasets=hub_sets or None,
         model_name=name,
         **more,
     )
+
+
+def data_sources(config: dict[str, Any], seen: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The sets that a run reads, for the card.
+
+    Args:
+        config: Configuration of the run.
+        seen: Number of images seen of each set, if they are several and it is known.
+
+    Returns:
+        For each set `source`, `split` and, if they are several, `share` of the samples and the number `seen`.
+    """
+    data = config["data"]
+    if not data.get("sources"):
+        return [{"source": data["source"], "split": data["split"]}]
+    total = sum(source["weight"] for source in data["sources"])
+    return [
+        {
+            "source": source["source"],
+            "split": source["split"] or data["split"],
+            "share": source["weight"] / total,
+            "seen": seen[number] if number < len(seen) else None,
+        }
+        for number, source in enumerate(data["sources"])
+    ]
 
 
 def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +109,10 @@ def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: d
     read = pipeline.denoiser.control_inputs
     return {
         "config": {**config, **named},
+        "sources": [
+            {**source, "source": shareable_place(source["source"])}
+            for source in data_sources(config, metrics.get("images_by_source", ()))
+        ],
         "control": variables_read(read),
         "parts": ", ".join(part for part, inputs in INPUTS_OF_PARTS.items() if inputs & read),
         "metrics": metrics,

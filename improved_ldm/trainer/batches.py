@@ -1,18 +1,21 @@
-"""The batches of a run, from a cache of latents or encoded during training; and a first look at the data."""
+"""The batches of a run, from a cache of latents or encoded during training."""
 
 import contextlib
 import glob
 import json
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from improved_ldm.conditioning.control import CONTROL_LAYOUT
+from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.fingerprint import data_changes, data_fingerprint
+from improved_ldm.data.indexed import index_lines
 from improved_ldm.data.latents import (
     CachedLoader,
     EncodingLoader,
@@ -24,80 +27,32 @@ from improved_ldm.data.latents import (
     write_cache,
     write_skipped_rows,
 )
-from improved_ldm.data.loader import make_loader
-from improved_ldm.data.sources import Rows, RowStream, open_rows
-from improved_ldm.data.stream import skipped_rows
+from improved_ldm.data.loader import index_sources, make_loader, make_pass
+from improved_ldm.data.mixture import Mixture
+from improved_ldm.data.tally import skipped_rows
 from improved_ldm.data.transforms import MEASURES, ImageTransform
-from improved_ldm.naming import DATA_KEYS, naming_keys
 from improved_ldm.output import writing
 from improved_ldm.places import resolve
 from improved_ldm.provenance import write_text
 from improved_ldm.seeds import derive_seed
 from improved_ldm.trainer.checkpoints import DATA, kept_file
-from improved_ldm.trainer.config import DataConfig, SharedConfig
+from improved_ldm.trainer.config import SharedConfig
+from improved_ldm.trainer.data import run_buckets
 from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
 
-SURVEYED_ROWS = 256
 CACHE_BATCH_SIZE = 256
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What the first rows of a set show.
-
-    Args:
-        captions: distinct captions, in order of appearance.
-        original_side: median of the images' shorter sides, pixels.
-    """
-
-    captions: list[str]
-    original_side: int
-
-
-def open_data(config: DataConfig, takes_text: bool) -> Rows:
-    """Open the set of a run, with captions or with class labels.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
-    """
-    columns = {"caption_column": config.caption_column, "label_column": None}
-    if not takes_text:
-        columns = {"caption_column": None, "label_column": config.label_column, "num_classes": config.num_classes}
-    with naming_keys(**DATA_KEYS):
-        return open_rows(config.source, config.split, config.name, config.image_column, **columns)
-
-
-def survey(rows: Rows) -> Survey:
-    """Look at the first rows of a set.
-
-    Raises:
-        ValueError: if none of their images can be read, or captions are wanted and all are empty.
-        CorruptImagesError: if too many of them cannot be read.
-    """
-    captions, sides = {}, []
-    for row in RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1)):
-        if row.caption:
-            captions[row.caption] = None
-        sides.append(min(row.size))
-        if len(sides) == SURVEYED_ROWS:
-            break
-    if not sides:
-        raise ValueError("the set holds no image that can be read.")
-    if rows.caption_column is not None and not captions:
-        raise ValueError(f"column {rows.caption_column!r} holds no caption in the first {len(sides)} rows.")
-    return Survey(list(captions), int(torch.tensor(sides).median()))
-
-
 def open_batches(
-    run: Run, rows: Rows, encoder: SampleEncoder, control_inputs: Collection[str] = ()
+    run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str] = ()
 ) -> CachedLoader | EncodingLoader:
     """The loader of one rank's training batches; prints what is read.
 
     Args:
         run: configuration, folder and processes.
-        rows: the opened set.
+        mixture: the opened sets.
         encoder: encoder of images and captions to latents and tokens.
         control_inputs: control inputs of the denoiser; those that can be measured in the samples are measured.
 
@@ -110,51 +65,72 @@ def open_batches(
     """
     config, accelerator = run.config, run.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    on_main_process(lambda: _check_same_data(run, rows))
-    run.say(rows.description)
-    transform = image_transform(config, control_inputs)
+    on_main_process(lambda: _check_same_data(run, mixture))
+    for description in mixture.descriptions():
+        run.say(description)
+    transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes:
-        cache = LatentCache(_filled_cache(run, rows, encoder, transform))
-        return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size)
+        cache = LatentCache(_filled_cache(run, mixture, encoder, transform, buckets))
+        return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
+    indexed = index_sources(mixture, buckets)
+    for source, found in zip(mixture.sources, indexed or (), strict=False):
+        for line in index_lines(source.name, found, buckets, config.training.batch_size):
+            run.say(line)
     loader = make_loader(
-        rows,
+        mixture,
         transform,
         config.training.batch_size,
         config.seed,
         config.data.shuffle_window,
-        repeat=True,
         rank=rank,
         world_size=world_size,
         num_workers=config.data.num_workers,
+        buckets=buckets,
+        indexed=indexed,
     )
     return EncodingLoader(loader, encoder)
 
 
 def image_transform(config: SharedConfig, control_inputs: Collection[str] = ()) -> ImageTransform:
     """The transform of a run's training images, with the measurements that these control inputs need."""
-    return ImageTransform(**config.transform.model_dump(), measured=MEASURES.keys() & control_inputs)
+    fields = config.transform.model_dump(exclude={"buckets", "bucket_step", "max_aspect"})
+    return ImageTransform(**fields, measured=MEASURES.keys() & control_inputs)
 
 
-def _check_same_data(run: Run, rows: Rows):
+def _check_same_data(run: Run, mixture: Mixture):
     """Record the state of the data in the run's folder; refuse to resume with data that has changed.
 
     Raises:
         ValueError: if the data has changed since the newest checkpoint, and `data.accept_changes` is false.
     """
-    source, file = run.config.data.source, run.folder / DATA
-    now, kept = data_fingerprint(source, rows.files), kept_file(run.folder / "checkpoints", DATA)
-    changes = data_changes(json.loads(kept.read_text(encoding="utf-8")), now) if kept else None
+    places, file = run.config.data.places, run.folder / DATA
+    now = [data_fingerprint(place, rows.files) for place, rows in zip(places, mixture.rows, strict=True)]
+    changes = "; ".join(
+        f"`data.source` {place} has changed since the newest checkpoint: {change}"
+        for place, change in zip(places, map(data_changes, _fingerprints_before(run, len(now)), now), strict=True)
+        if change
+    )
     if changes and not run.config.data.accept_changes:
         raise ValueError(
-            f"`data.source` {source} has changed since the newest checkpoint: {changes}. Restore it, resume with the "
-            "changed data with `--data.accept_changes true`, or choose another `--output_dir`."
+            f"{changes}. Restore it, resume with the changed data with `--data.accept_changes true`, or choose "
+            "another `--output_dir`."
         )
     if changes:
-        run.say(f"{source} has changed since the newest checkpoint: {changes}; training resumes with the changed data")
-    write_text(file, json.dumps(now))
+        run.say(f"{changes}; training resumes with the changed data")
+    write_text(file, json.dumps(now[0] if len(now) == 1 else now))
 
 
-def _filled_cache(run: Run, rows: Rows, encoder: SampleEncoder, transform: ImageTransform) -> Path:
+def _fingerprints_before(run: Run, count: int) -> list[dict[str, Any]]:
+    """The fingerprints of the sets at the newest checkpoint; empty ones if there is none, or other sets were read."""
+    kept = kept_file(run.folder / "checkpoints", DATA)
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept else {}
+    before = before if isinstance(before, list) else [before]
+    return before if len(before) == count else [{}] * count
+
+
+def _filled_cache(
+    run: Run, mixture: Mixture, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
+) -> Path:
     """The folder of the cache of a configuration, which is written first if it is missing or damaged."""
     config = run.config
     parts = config.model_dump(include={"seed", "data", "transform", "autoencoder", "text"})
@@ -165,11 +141,11 @@ def _filled_cache(run: Run, rows: Rows, encoder: SampleEncoder, transform: Image
         "control": CONTROL_LAYOUT,
         "measured": sorted(transform.measured),
     }  # a cache with other columns has another name, so it is not used
-    places = [config.data.source, resolve(config.autoencoder.pretrained), resolve(config.text.pretrained)]
+    places = [*config.data.places, resolve(config.autoencoder.pretrained), resolve(config.text.pretrained)]
     parent = Path(config.cache.folder) if config.cache.folder else run.folder / "cache"
     folder = parent / cache_name(parts, places)
     if not on_main_process(lambda: _is_usable(folder, run)):
-        _write_cache(folder, run, rows, encoder, transform)
+        _write_cache(folder, run, _passes(run, mixture, transform, buckets, skipped := {}), skipped, encoder)
     return folder
 
 
@@ -185,13 +161,12 @@ def _is_usable(folder: Path, run: Run) -> bool:
     return damage is None
 
 
-def _write_cache(folder: Path, run: Run, rows: Rows, encoder: SampleEncoder, transform: ImageTransform):
+def _write_cache(folder: Path, run: Run, passes: Iterator, skipped: dict[str, int], encoder: SampleEncoder):
     """Encode a cache in a folder of this run's own, and rename it when it is complete."""
     accelerator = run.accelerator
     unfinished = on_main_process(lambda: _begin_cache(folder, run))
     try:
-        skipped = {}
-        with contextlib.closing(_passes(run, rows, transform, skipped)) as batches:
+        with contextlib.closing(passes) as batches:
             write_cache(unfinished, batches, encoder, accelerator.process_index)
         write_skipped_rows(unfinished, skipped, accelerator.process_index)
         accelerator.wait_for_everyone()
@@ -220,23 +195,27 @@ def _publish(unfinished: Path, folder: Path):
         publish_cache(unfinished, folder)
 
 
-def _passes(run: Run, rows: Rows, transform: ImageTransform, skipped: dict[str, int]):
+def _passes(
+    run: Run, mixture: Mixture, transform: ImageTransform, buckets: Buckets | None, skipped: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     """Every image as often as the cache holds it, with new crops and flips each time; counts skipped rows."""
     config, accelerator = run.config, run.accelerator
     with tqdm(unit="img", desc="encoding", disable=not accelerator.is_local_main_process) as bar:
-        for number in range(config.cache.passes):
-            loader = make_loader(
-                rows,
-                transform,
-                CACHE_BATCH_SIZE,
-                derive_seed(config.seed, number),
-                shuffle_window=1,
-                repeat=False,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                num_workers=config.data.num_workers,
-            )
-            for batch in loader:
-                bar.update(len(batch["pixels"]))
-                yield batch
-            skipped.update(skipped_rows(loader.state_dict()))
+        for number, rows in enumerate(mixture.rows):
+            of_source = {}
+            for repetition in range(config.cache.passes):
+                loader = make_pass(
+                    rows,
+                    transform,
+                    CACHE_BATCH_SIZE,
+                    derive_seed(config.seed, repetition, *((number,) if number else ())),
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                    num_workers=config.data.num_workers,
+                    buckets=buckets,
+                )
+                for batch in loader:
+                    bar.update(len(batch["pixels"]))
+                    yield batch | {"source": torch.full_like(batch["source"], number)}
+                of_source = skipped_rows(loader.state_dict())
+            skipped.update(Counter(skipped) + Counter(of_source))

@@ -45,16 +45,22 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
     return vae.requires_grad_(False).eval()
 
 
+def load_tokenizer(config: TextConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the text encoder."""
+    with loading("text.pretrained", config.pretrained):
+        return AutoTokenizer.from_pretrained(resolve(config.pretrained))
+
+
 def load_text_encoder(config: TextConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the tokenizer and the text encoder, with its weights frozen.
 
     Raises:
         ValueError: if the encoder has fewer positions than `max_tokens`.
     """
+    tokenizer = load_tokenizer(config)
     with loading("text.pretrained", config.pretrained):
         source = resolve(config.pretrained)
         encoder_class = TEXT_TOWERS.get(AutoConfig.from_pretrained(source).model_type, AutoTransformersModel)
-        tokenizer = AutoTokenizer.from_pretrained(source)
         with _quiet_transformers():  # it would report the weights of the image tower as unused
             text_encoder = encoder_class.from_pretrained(source, use_safetensors=True)
     check_max_tokens(config, text_encoder.config)

@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import Field, model_validator
 
-from improved_ldm.bounds import SHAREABLE, BatchSize, Classes, Count, Place, Positive, Seed, Sides, Text, Width
+from improved_ldm.bounds import (
+    SHAREABLE,
+    BatchSize,
+    Classes,
+    Columns,
+    Count,
+    Place,
+    Positive,
+    Seed,
+    Sides,
+    Text,
+    Width,
+)
 from improved_ldm.data.transforms import CropPolicy
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
@@ -17,18 +29,17 @@ from improved_ldm.naming import naming_keys
 from improved_ldm.resolution import size_text
 from improved_ldm.sampling.steps import set_steps
 from improved_ldm.settings import Section
+from improved_ldm.trainer.data_sections import DataConfig, SourceConfig, TransformConfig
 from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.sections import (
     AutoencoderConfig,
     CacheConfig,
-    DataConfig,
     DenoiserConfig,
     HubConfig,
     ObjectiveConfig,
     SamplingConfig,
     TextConfig,
     TrainingConfig,
-    TransformConfig,
 )
 from improved_ldm.transfer.resolution import GuidanceTransfer, NoiseTransfer
 
@@ -59,6 +70,7 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "batch_size": "training.batch_size",
     "crop_policy": "transform.crop_policy",
     "source": "data.source",
+    "sources": "data.sources",
     "split": "data.split",
     "name": "data.name",
     "image_column": "data.image_column",
@@ -174,14 +186,16 @@ class StageConfig(Section):
     """What images are conditioned on; default: as in the stage before, and in the first stage as the script says."""
     source: Place | None = None
     """Images of the stage, as in `data.source`."""
+    sources: tuple[SourceConfig, ...] | None = None
+    """Images of the stage, as in `data.sources`."""
     split: Text | None = None
     """Split of that set."""
     name: Text | None = None
     """Configuration of a Hub dataset that has several."""
     image_column: Text | None = None
     """Column of the images."""
-    caption_column: Text | None = None
-    """Column of the captions, in a stage with text."""
+    caption_column: Columns | None = None
+    """Column or columns of the captions, in a stage with text."""
     label_column: Text | None = None
     """Column of the class labels, in a stage with classes."""
     num_classes: Classes | None = None
@@ -306,6 +320,10 @@ class RunConfig(SharedConfig):
         stage, last = self.stages[number], number == len(self.stages) - 1
         folder = Path(self.output_dir) / f"stage-{number + 1}-{size_text(stage.resolution)}"
         values = self.model_dump() | {"output_dir": self.output_dir if last else folder.as_posix(), "stages": ()}
+        if stage.source is not None:
+            values["data"]["sources"] = ()
+        elif stage.sources:
+            values["data"]["source"] = DataConfig.model_fields["source"].default
         for field, key in STAGE_KEYS.items():
             section, _, name = key.partition(".")
             if (value := getattr(stage, field)) is not None:

@@ -196,20 +196,27 @@ def _accumulate_gradients(
     batches: Iterator[EncodedBatch],
     randomness: StepRandomness,
 ) -> tuple[torch.Tensor, Suspect]:
-    """Sum the gradients of one step over its micro-batches; returns the mean loss, on the device, and the suspect."""
-    training, total, suspect = run.config.training, 0.0, None
+    """Sum the gradients of one step over its micro-batches.
+
+    Each image has the same weight, also in the smaller batches of rare buckets.
+
+    Returns:
+        The mean loss of the images, on the device, and the suspect.
+    """
+    training, total, suspect, shares = run.config.training, 0.0, None, 0.0
     micro_batches = training.gradient_accumulation_steps
     for number in range(micro_batches):
         batch = next(batches).to(run.accelerator.device)
         last = number == micro_batches - 1
+        share = len(batch) / (training.batch_size * micro_batches)
         with contextlib.nullcontext() if last else run.accelerator.no_sync(denoiser):
-            images = randomness.images(number)
+            images = randomness.images(number, len(batch))
             loss = batch_loss(run.accelerator, denoiser, objective, batch, images, training, run.config.text)
-            run.accelerator.backward(loss / micro_batches)
+            run.accelerator.backward(loss * share)
         loss = loss.detach()
-        total = total + loss / micro_batches
+        total, shares = total + loss * share, shares + share
         suspect = Suspect(batch, torch.full((), number, device=loss.device), loss).unless_before(suspect)
-    return total, suspect
+    return total / shares, suspect
 
 
 def batch_loss(

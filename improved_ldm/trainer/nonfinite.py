@@ -65,11 +65,13 @@ class Suspect:
         return cls(EncodedBatch.from_tensors(named), named["micro_batch"], named["loss"])
 
     def unless(self, stays: torch.Tensor, earlier: "Suspect | None") -> "Suspect":
-        """This suspect, or an earlier one if the scalar bool `stays` is true; chosen on the device."""
+        """This suspect, or an earlier one if the scalar bool `stays` is true; chosen on the device if they fit."""
         if earlier is None:
             return self
-        own, pairs = self.tensors(), earlier.tensors().items()
-        return self.from_tensors({name: torch.where(stays, value, own[name]) for name, value in pairs})
+        own, kept = self.tensors(), earlier.tensors()
+        if any(value.shape != own[name].shape for name, value in kept.items()):  # batches of different buckets
+            return earlier if stays else self
+        return self.from_tensors({name: torch.where(stays, value, own[name]) for name, value in kept.items()})
 
     def unless_before(self, earlier: "Suspect | None") -> "Suspect":
         """This suspect, or an earlier one of the same step whose loss is not finite."""
@@ -118,7 +120,7 @@ class FirstSkipped:
         if self._is_written or not self._step:
             return None
         step = int(self._step)
-        images = randomness_of(step - 1).images(int(self._kept.number))
+        images = randomness_of(step - 1).images(int(self._kept.number), len(self._kept.batch.latents))
         semantic, control = images.dropped(config.semantic_dropout, config.control_dropout)
         timesteps = objective.timestep_quantile(images.timestep_fractions())
         randomness = {"timesteps": timesteps, "drops_semantic": semantic, "drops_control": control}

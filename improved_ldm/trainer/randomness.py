@@ -79,11 +79,15 @@ class StepRandomness:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.mask_level = uniform(torch.tensor([derive_seed(seed, step)]), (1,)).item()
 
-    def images(self, micro_batch: int) -> ImageRandomness:
-        """The random numbers of the images of a micro-batch, counted from 0.
+    def images(self, micro_batch: int, count: int | None = None) -> ImageRandomness:
+        """The random numbers of the images of a micro-batch.
 
         The processes take the batches of the run's order in turn.
+
+        Args:
+            micro_batch: number of the micro-batch, counted from 0.
+            count: number of its images, if these are fewer than `batch_size`.
         """
         batch = (self.step * self.micro_batches + micro_batch) * self.world_size + self.rank
-        places = torch.arange(self.batch_size, device=self.device) + batch * self.batch_size
+        places = torch.arange(count or self.batch_size, device=self.device) + batch * self.batch_size
         return ImageRandomness(derive_seeds(self.seed, places), self.mask_level)

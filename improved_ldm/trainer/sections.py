@@ -8,30 +8,24 @@ from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, fiel
 
 from improved_ldm.bounds import (
     BatchSize,
-    Classes,
     Count,
     CountOrZero,
     NotNegative,
     Number,
     Passes,
-    Pixels,
     Place,
     Positive,
     Probability,
     SamplerSteps,
     Share,
-    Sides,
     Text,
     Threads,
     Width,
-    Window,
-    Workers,
 )
 from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
 from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import TextPadding
-from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction, make_objective
 from improved_ldm.diffusion.schedules import BetaSchedule, SamplerName, TimestepSpacing
 from improved_ldm.models.family import check_options, denoiser_class, preset
@@ -39,54 +33,6 @@ from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 from improved_ldm.places import check_repository_name
 from improved_ldm.settings import Section
 from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, UNLAUNCHED, launched_with
-
-
-class DataConfig(Section):
-    """Where the images come from."""
-
-    source: Place = "embedded:fashion-mnist"
-    """`embedded:fashion-mnist`, a Hub dataset id, or a file or folder of parquet, webdataset shards or images."""
-    split: Text = "train"
-    """Split of the set."""
-    name: Text | None = None
-    """Configuration of a Hub dataset that has several."""
-    image_column: Text = "image"
-    """Column of the images."""
-    caption_column: Text = "text"
-    """Column of the captions."""
-    label_column: Text = "label"
-    """Column of the class labels, for class-conditional training."""
-    num_classes: Classes | None = None
-    """Number of classes; needed if the set does not name its classes."""
-    shuffle_window: Window = 1024
-    """Number of rows that are shuffled together."""
-    num_workers: Workers = 0
-    """Processes that read and transform images."""
-    accept_changes: bool = False
-    """Resume a run even if its data has changed."""
-
-
-class TransformConfig(Section):
-    """How an image becomes a square sample; the fields are those of `ImageTransform`."""
-
-    resolution: Sides = 256
-    """Side length of training images in pixels, or [height, width]."""
-    crop_policy: CropPolicy = "resize_then_crop"
-    """Scale, then crop; crop a box of varying size, then scale; or crop at the scale of a later stage."""
-    crop_position: CropPosition = "random"
-    """Position of the crop in the image."""
-    crop_probability: Probability = 1.0
-    """Probability that `crop_then_resize` takes less than the largest square."""
-    min_crop: Share = 1.0
-    """Side length of the smallest crop, as a fraction of the largest square."""
-    flip_probability: Probability = 0.5
-    """Probability of a horizontal flip."""
-    reduce_probability: Probability = 0.0
-    """Probability that an image is scaled down before it is scaled up again."""
-    min_original_size: Pixels | None = None
-    """Smallest shorter side of an image that is scaled down, in pixels."""
-    target_scale: Sides | None = None
-    """`resolution` of a later stage; `crop_at_target_scale` crops at its scale."""
 
 
 class CacheConfig(Section):

@@ -7,11 +7,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from improved_ldm.data.latents import SampleEncoder
-from improved_ldm.data.sources import Rows
+from improved_ldm.data.mixture import Mixture
 from improved_ldm.places import shareable_place
-from improved_ldm.trainer.batches import Survey
 from improved_ldm.trainer.components import load_text_encoder, text_dims
 from improved_ldm.trainer.config import Condition, RunConfig
+from improved_ldm.trainer.data import Survey
 from improved_ldm.trainer.grids import diverse_prompts
 
 PROMPT_ROWS, CLASS_ROWS = 8, 10  # rows of a grid of samples
@@ -22,7 +22,7 @@ class ClassSemantic:
 
     Args:
         config: configuration of the stage.
-        rows: its opened set.
+        mixture: its opened sets.
 
     Raises:
         ValueError: if the number of classes is not known.
@@ -30,9 +30,9 @@ class ClassSemantic:
 
     takes_text = False
 
-    def __init__(self, config: RunConfig, rows: Rows):
-        self.config, self.class_names = config, rows.class_names
-        self.num_classes = len(rows.class_names or ()) or config.data.num_classes
+    def __init__(self, config: RunConfig, mixture: Mixture):
+        self.config, self.class_names = config, mixture.class_names
+        self.num_classes = len(mixture.class_names or ()) or config.data.num_classes
         if self.num_classes is None:
             column = config.data.label_column
             raise ValueError(f"column {column!r} does not name its classes: give `--data.num_classes`.")
@@ -64,13 +64,13 @@ class TextSemantic:
 
     Args:
         config: configuration of the stage.
-        rows: its opened set.
+        mixture: its opened sets.
     """
 
     takes_text = True
     class_names = None
 
-    def __init__(self, config: RunConfig, rows: Rows):
+    def __init__(self, config: RunConfig, mixture: Mixture):
         self.config = config
 
     @property

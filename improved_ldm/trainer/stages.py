@@ -32,6 +32,7 @@ from improved_ldm.trainer.checkpoints import (
 )
 from improved_ldm.trainer.components import check_resolution
 from improved_ldm.trainer.config import Carry, Condition, RunConfig, StageConfig
+from improved_ldm.trainer.data import check_buckets
 from improved_ldm.trainer.lock import lock_folder
 from improved_ldm.trainer.loop import Start
 from improved_ldm.trainer.processes import on_main_process
@@ -153,7 +154,7 @@ def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
         sampling = now.sampling.model_copy(update={"guidance_scale": guidance_scale})
         begun = LaterStageConfig(**{**now.model_dump(), "sampling": sampling}, after=origin)
         change = resolution_change(*sizes, switch.positions, switch.noise, switch.guidance)
-        sources = [shareable_place(one.data.source) for one in (previous, now)]
+        sources = [", ".join(map(shareable_place, one.data.places)) for one in (previous, now)]
         if sources[0] != sources[1]:
             change["data"] = sources
         # how the conditions change is known when the stage begins
@@ -209,6 +210,7 @@ def check_stages(stages: Sequence[Stage], denoiser: Denoiser, factor: int):
     for stage in stages:
         check_same_run(stage.config, stage.folder)
         image_transform(stage.config)
+        check_buckets(stage.config.transform, factor * denoiser.patch_size)
         check_resolution(stage.config, factor * denoiser.patch_size, "`resolution` of a stage")
         if stage.switch is not None:
             side = latent_side(stage.config.transform.resolution, factor, denoiser.patch_size)

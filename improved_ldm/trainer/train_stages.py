@@ -4,14 +4,15 @@ import time
 from dataclasses import replace
 
 from improved_ldm.autoencoder import spatial_factor
-from improved_ldm.data.sources import Rows
+from improved_ldm.data.mixture import Mixture
 from improved_ldm.naming import naming_part
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import default_size_of
-from improved_ldm.trainer.batches import Survey, open_batches, open_data, survey
+from improved_ldm.trainer.batches import open_batches
 from improved_ldm.trainer.checks import check_models
 from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
 from improved_ldm.trainer.config import Condition, RunConfig
+from improved_ldm.trainer.data import Survey, open_data, survey
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
 from improved_ldm.trainer.hub_push import pipeline_pusher
@@ -73,8 +74,8 @@ def train_stages(config: RunConfig, condition: Condition):
     first_run.accelerator.end_training()
 
 
-def _look_at_data(stage: Stage) -> tuple[Rows, Survey, Semantic]:
-    """The opened set of a stage, its first rows, and what is sampled."""
+def _look_at_data(stage: Stage) -> tuple[Mixture, Survey, Semantic]:
+    """The opened sets of a stage, its first rows, and what is sampled."""
     with naming_part(stage.name):
-        rows = open_data(stage.config.data, stage.condition == "text")
-        return rows, survey(rows), SEMANTICS[stage.condition](stage.config, rows)
+        mixture = open_data(stage.config.data, stage.condition == "text")
+        return mixture, survey(mixture), SEMANTICS[stage.condition](stage.config, mixture)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import NUM_CONTROL
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import CorruptImagesError, RowStream, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from tests.data.sets import number, numbers, write_parquet, write_shard
@@ -33,7 +33,7 @@ def test_many_unreadable_images_stop_the_run(tmp_path):
     stream = RowStream(open_rows(tmp_path))
     with pytest.raises(CorruptImagesError, match="5%"):
         list(stream)
-    assert 100 <= stream.state_dict()["seen"] < 300
+    assert 100 <= stream.state_dict()["tally"]["seen"] < 300
 
 
 def test_small_set_is_judged_at_the_end_of_a_pass(tmp_path):
@@ -64,12 +64,10 @@ def test_windows_are_shuffled_and_epochs_differ(folder):
 def test_ranks_and_workers_share_every_row_once(folder, world_size, num_workers):
     rows, seen = open_rows(folder, label_column="label"), []
     for rank in range(world_size):
-        loader = make_loader(
+        loader = make_pass(
             rows,
             ImageTransform(4),
             7,
-            shuffle_window=8,
-            repeat=False,
             rank=rank,
             world_size=world_size,
             num_workers=num_workers,

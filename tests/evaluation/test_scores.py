@@ -11,7 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation import scores
@@ -29,7 +29,7 @@ from improved_ldm.evaluation.scores import (
 def batch():
     """1000 images of the embedded test split."""
     rows = open_rows("embedded:fashion-mnist", split="test", label_column="label")
-    return next(iter(make_loader(rows, ImageTransform(32), batch_size=1000, shuffle_window=0, repeat=False)))
+    return next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants, create_repo, get_session, uplo
 from huggingface_hub.utils import hf_raise_for_status
 
 import improved_ldm  # noqa: F401  registers the pipeline
-from improved_ldm.data.loader import make_loader
+from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import RowStream, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.exits import exit_on_error
@@ -70,7 +70,7 @@ def stream(name: str, file: str, num_workers: int = 0):
     captions, digest = [], hashlib.sha256()
     with exit_on_error("not read"):
         rows = open_rows(name)
-        loader = make_loader(rows, ImageTransform(32), 8, shuffle_window=16, repeat=False, num_workers=num_workers)
+        loader = make_pass(rows, ImageTransform(32), 8, num_workers=num_workers)
         for batch in loader:
             captions += batch["caption"]
             digest.update(batch["pixels"].numpy().tobytes())

@@ -1,0 +1,122 @@
+"""The sets of a run: opened, and looked at before training."""
+
+import itertools
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from improved_ldm.data.buckets import Buckets, default_step
+from improved_ldm.data.filters import RowFilter
+from improved_ldm.data.mixture import Mixture, Source
+from improved_ldm.data.sources import Rows, RowStream, open_rows
+from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
+from improved_ldm.places import shareable_place
+from improved_ldm.trainer.config import DataConfig
+from improved_ldm.trainer.data_sections import SourceConfig, TransformConfig
+
+SURVEYED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the first rows of a set show.
+
+    Args:
+        captions: distinct captions, in order of appearance.
+        original_side: median of the images' shorter sides, pixels.
+    """
+
+    captions: list[str]
+    original_side: int
+
+
+def open_data(config: DataConfig, takes_text: bool) -> Mixture:
+    """Open the sets of a run, with captions or with class labels.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
+    """
+    sources = []
+    for number, source in enumerate(config.each_source()):
+        columns = (
+            _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
+        )
+        prefix = f"data.sources[{number}]" if config.sources else "data"
+        with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in DATA_KEYS.items()}):
+            rows = open_rows(source.source, source.split, source.name, source.image_column, **columns)
+            rows = replace(rows, label_column=None) if takes_text else rows
+        used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)
+        rows = replace(rows, row_filter=used, caption_prefix=source.caption_prefix or "")
+        sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
+    with naming_keys(num_classes="data.num_classes"):
+        return Mixture.join(tuple(sources), None if takes_text else config.num_classes)
+
+
+def _text_columns(source: SourceConfig) -> dict[str, Any]:
+    """The arguments of `open_rows` for captions."""
+    template = source.caption_template
+    return {
+        "caption_column": source.caption_column,
+        "caption_weights": source.caption_weights,
+        "caption_template": template,
+        "label_column": source.label_column if template else None,
+    }
+
+
+def survey(mixture: Mixture) -> Survey:
+    """Look at the first rows of each set.
+
+    Raises:
+        ValueError: if none of a set's images can be read, or captions are wanted and all are empty.
+        CorruptImagesError: if too many of them cannot be read.
+    """
+    looks = []
+    for source in mixture.sources:
+        with naming_part(source.name):
+            looks.append(_survey_of(source.rows))
+    in_turn = itertools.zip_longest(*(look.captions for look in looks))
+    captions = dict.fromkeys(caption for captions in in_turn for caption in captions if caption)
+    return Survey(list(captions), round(median(look.original_side for look in looks)))
+
+
+def _survey_of(rows: Rows) -> Survey:
+    captions, sides = {}, []
+    for row in RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1)):
+        if row.caption:
+            captions[row.caption] = None
+        sides.append(min(row.size))
+        if len(sides) == SURVEYED_ROWS:
+            break
+    if not sides:
+        raise ValueError("the set holds no image that can be read and is used.")
+    if rows.caption_column is not None and not captions:
+        raise ValueError(f"column {rows.caption_column!r} holds no caption in the first {len(sides)} rows.")
+    return Survey(list(captions), round(median(sides)))
+
+
+def run_buckets(config: TransformConfig) -> Buckets | None:
+    """The buckets of a run; None if all its samples have one size.
+
+    Raises:
+        ValueError: if the keys of the buckets do not suit each other.
+    """
+    if not config.buckets:
+        return None
+    if not isinstance(config.resolution, int):
+        raise ValueError(
+            f"`transform.resolution` is {config.resolution}; with `transform.buckets` it must be one number, the side "
+            "of the square that has the area of all buckets."
+        )
+    keys = ("resolution", "bucket_step", "max_aspect")
+    with naming_keys(**{key: f"transform.{key}" for key in keys}):
+        step = config.bucket_step or default_step(config.resolution)
+        return Buckets(config.resolution, step, config.max_aspect)
+
+
+def check_buckets(config: TransformConfig, multiple: int):
+    """Raise a ValueError if the sides of buckets do not divide into latent patches of `multiple` pixels."""
+    buckets = run_buckets(config)
+    if buckets is not None and buckets.step % multiple:
+        raise ValueError(
+            f"`transform.bucket_step` is {buckets.step}; it must be a multiple of {multiple} pixels, a latent patch."
+        )

@@ -3,9 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, SerializationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    TypeAdapter,
+    ValidationError,
+)
 
 from improved_ldm.places import check_path, shareable_place
+from improved_ldm.resolution import resolution_of
 
 SHAREABLE = "shareable"  # the context for dumping a configuration without local folders
 
@@ -26,12 +36,27 @@ def _is_named(path: Any) -> Any:
     return path
 
 
+def _read_sides(value: Any) -> int | tuple[int, int]:
+    """One number of pixels or two; two equal ones are one."""
+    is_pair = isinstance(value, list | tuple)
+    try:
+        sides = _PAIR_OF_PIXELS.validate_python(value) if is_pair else [_PIXELS.validate_python(value)] * 2
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if is_pair and problem["type"] in ("missing", "too_long"):
+            raise ValueError("it must be one number of pixels, or [height, width]") from None
+        raise ValueError(problem["msg"]) from None
+    return resolution_of(*sides)
+
+
 _Integer = Annotated[int, BeforeValidator(_is_no_boolean)]
 Count = Annotated[_Integer, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[_Integer, Field(ge=0, le=10**9)]
 Seed = Annotated[_Integer, Field(ge=0, lt=2**32)]  # the range of NumPy
 BatchSize = Annotated[_Integer, Field(ge=1, le=2**20)]
 Pixels = Annotated[_Integer, Field(ge=1, le=2**16)]
+_PIXELS, _PAIR_OF_PIXELS = TypeAdapter(Pixels), TypeAdapter(tuple[Pixels, Pixels])
+Sides = Annotated[int | tuple[int, int], PlainValidator(_read_sides)]  # `Pixels` of a square, or [height, width]
 Width = Annotated[_Integer, Field(ge=1, le=2**16)]  # channels, tokens, the rank of an adapter
 Depth = Annotated[_Integer, Field(ge=1, le=1000)]  # layers
 SamplerSteps = Annotated[_Integer, Field(ge=1, le=10**4)]
@@ -51,6 +76,7 @@ Aspect = Annotated[Number, Field(ge=1, le=2**16)]  # longer side / shorter side
 Share = Annotated[Number, Field(gt=0, le=1)]  # of a whole
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Columns = Text | tuple[Text, ...]
 Place = Annotated[  # a path or a Hub id
     str, Field(min_length=1, max_length=4096), AfterValidator(check_path), PlainSerializer(_dumped)
 ]

@@ -9,7 +9,8 @@ from improved_ldm.exits import is_out_of_memory, one_line
 # Arguments of `open_rows` → keys of a training run.
 DATA_KEYS = {
     "source": "data.source",
-    **{name: f"data.{name}" for name in ("split", "name", "image_column", "caption_column", "label_column")},
+    **{name: f"data.{name}" for name in ("split", "name", "image_column", "label_column", "num_classes")},
+    **{name: f"data.{name}" for name in ("caption_column", "caption_weights", "caption_template")},
 }
 
 

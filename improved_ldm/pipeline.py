@@ -71,6 +71,7 @@ class ImprovedLDMPipeline(
         text_noise_scale: β_txt of the noisy replicate padding.
         max_text_tokens: L, the length of the token sequence.
         default_original_size: Shorter side, in pixels, of the default `original_size`; None for the output's size.
+        default_size: (height, width) of samples in pixels; default: the square that the denoiser was trained at.
         default_guidance_scale: λ if the call gives none.
         default_num_inference_steps: Steps if the call gives none.
         guidance_options: Where and when the semantic guidance acts, if the call does not say: a dictionary with the
@@ -107,6 +108,7 @@ class ImprovedLDMPipeline(
         text_noise_scale: float = AS_BEFORE,
         max_text_tokens: int = AS_BEFORE,
         default_original_size: int | None = AS_BEFORE,
+        default_size: Sequence[int] | None = AS_BEFORE,
         default_guidance_scale: float = AS_BEFORE,
         default_num_inference_steps: int = AS_BEFORE,
         class_names: list[str] | None = AS_BEFORE,
@@ -129,6 +131,7 @@ class ImprovedLDMPipeline(
             "text_noise_scale": text_noise_scale,
             "max_text_tokens": max_text_tokens,
             "default_original_size": default_original_size,
+            "default_size": default_size,
             "default_guidance_scale": default_guidance_scale,
             "default_num_inference_steps": default_num_inference_steps,
             "class_names": class_names,

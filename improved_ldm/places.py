@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_NAME = 255  # bytes per part of a path
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jxl")
 EXTENSIONS = {
     "parquet": (".parquet",),
     "webdataset": (".tar",),
-    "imagefolder": (".jpg", ".jpeg", ".png", ".webp"),
+    "imagefolder": tuple(suffix for suffix in IMAGES if suffix in Image.registered_extensions()),
 }
 STATISTICS = ".npz"  # of the features of a reference set
 METADATA = ("metadata.jsonl", "metadata.csv")  # the files that caption an image folder
@@ -51,9 +53,9 @@ def is_hub_id(source: str | Path | list | None) -> bool:
 
 def kind_of(file: str | Path) -> str | None:
     """The kind of a file by its name: one of `EXTENSIONS`, or None."""
-    if Path(file).name in METADATA:
+    if os.path.basename(file) in METADATA:
         return "imagefolder"
-    suffix = Path(file).suffix.lower()
+    suffix = os.path.splitext(file)[1].lower()
     return next((kind for kind, extensions in EXTENSIONS.items() if suffix in extensions), None)
 
 

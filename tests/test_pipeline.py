@@ -566,7 +566,7 @@ def test_the_step_that_spoils_an_image_is_named(class_pipeline, spoilt_step):
 
 def test_latents_that_are_nan_from_the_start_are_an_error(class_pipeline):
     pipe = class_pipeline()
-    latents = torch.full(pipe.latent_shape(1, pipe.default_size, pipe.default_size), torch.nan)
+    latents = torch.full(pipe.latent_shape(1, *pipe.default_size), torch.nan)
     with pytest.raises(NonFiniteLatentsError, match="before the first step"):
         pipe(class_labels=0, latents=latents)
 

@@ -48,6 +48,7 @@ from improved_ldm.hub.card import EVALUATION_FILE, update_card
 from improved_ldm.naming import naming_keys
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
+from improved_ldm.resolution import sides_of
 from improved_ldm.settings import parse_config_or_exit
 from improved_ldm.trainer.launcher import open_accelerator
 from improved_ldm.trainer.run import EVALUATION_TIME, share_cores
@@ -67,7 +68,7 @@ def main(config: EvaluateConfig):
     config = complete(config)
     pipeline = None if config.pipeline is None else load_pipeline(config).to(accelerator.device)
     samples = None if config.samples is None else open_samples(config.samples)
-    size = samples.size if pipeline is None else (pipeline.default_size, pipeline.default_size)
+    size = samples.size if pipeline is None else pipeline.default_size
     points = parse_sweep(config.sweep) if config.sweep else [{}]
     settings = [None if pipeline is None else sampling_settings(pipeline, config, point) for point in points]
     check_semantics(config, pipeline, samples)
@@ -81,7 +82,7 @@ def main(config: EvaluateConfig):
     cmmd = None if config.cmmd is None else open_clip_scorer(config.cmmd, accelerator.device)
     judge = None if pipeline is None or config.sweep else config.obedience.judge
     with naming_keys(judge="obedience.judge", source="data"):
-        judged = open_judged(judge, config.data, size[0], accelerator.print)
+        judged = open_judged(judge, config.data, size, accelerator.print)
     perceptual = None if judged is None else open_perceptual(config.perceptual, accelerator.device)
     if perceptual is not None:
         perceptual.check_size("perceptual", size)
@@ -195,7 +196,7 @@ def judge_control(
 
 def write_reference(config: EvaluateConfig, accelerator: Accelerator):
     """Write the statistics of the reference images; nothing is sampled or scored."""
-    size = (config.resolution, config.resolution)
+    size = sides_of(config.resolution)
     network = open_features(config.features, accelerator.device, config.resizing)
     network.check_size("features", size)
     reference = read_reference(config, None, size)

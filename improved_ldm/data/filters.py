@@ -31,14 +31,14 @@ class RowFilter:
         """Whether the filter can leave out a row."""
         return self.reads_sizes or self.caption_pattern is not None
 
-    def reason(self, caption: Callable[[], str] | None, size: Callable[[], tuple[int, int]]) -> str | None:
+    def reason(self, captions: Callable[[], list[str]] | None, size: Callable[[], tuple[int, int]]) -> str | None:
         """Why a row is left out; None if it is used.
 
         Args:
-            caption: function that reads the caption, or None if the set has no captions.
+            captions: function that reads the captions, of which one must match; None if the set has no captions.
             size: function that reads the (height, width) of the image, pixels.
         """
-        if self.caption_pattern is not None and caption is not None and not re.search(self.caption_pattern, caption()):
+        if self.caption_pattern is not None and captions is not None and not self._occurs_in(captions()):
             return f"caption without {self.caption_pattern!r}"
         if self.reads_sizes:
             shorter, longer = sorted(size())
@@ -47,6 +47,9 @@ class RowFilter:
             if self.max_aspect is not None and longer > self.max_aspect * shorter:
                 return f"aspect ratio above {self.max_aspect:g}"
         return None
+
+    def _occurs_in(self, captions: list[str]) -> bool:
+        return any(re.search(self.caption_pattern, caption) for caption in captions or [""])
 
 
 ALL_ROWS = RowFilter()

@@ -1,21 +1,24 @@
-"""Folders of images: captioned by metadata files, or with one folder per class."""
+"""Folders of images, with captions in tables or side files, and classes in these or in the names of folders."""
 
-import csv
-import io
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from improved_ldm.data.files import LocalFiles, count_of, printable, walk
-from improved_ldm.data.rows import parse_integer
-from improved_ldm.places import METADATA
-from improved_ldm.provenance import parse_json_object
+from improved_ldm.data.captions import captions_of
+from improved_ldm.data.classes import ClassFolders, class_folders
+from improved_ldm.data.files import SIDE_FILES, TABLES, LocalFiles, count_of, other_kind, suffix_of
+from improved_ldm.data.metadata import image_path, is_table, read_metadata
+from improved_ldm.data.rows import names_of
+from improved_ldm.data.side_files import ImageNames, SideFiles, add_text, is_side_file, read_side_files
 
 # The path of an image, its other values, and the place of its description.
 Entry = tuple[str, dict[str, Any], str]
+REPEATS = re.compile(r"[1-9]\d*_.+")  # a folder of kohya's scripts
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,10 @@ class ImageFolder:
 
     Args:
         entries: one per row.
-        files: files that are read, including metadata files.
+        files: files that are read, including tables and side files.
         columns: names of the columns.
         class_names: names of the classes in the order of their labels; None if folders are not classes.
-        left_out: number of images that are not read, by reason.
+        left_out: number of images and other files that are not read, by reason.
         notes: further remarks, one line each.
     """
 
@@ -40,151 +43,176 @@ class ImageFolder:
 
 
 def open_image_folder(
-    found: LocalFiles, image_column: str, caption_column: str | None, label_column: str | None
+    found: LocalFiles,
+    image_column: str,
+    caption_column: str | tuple[str, ...] | None,
+    label_column: str | None,
+    caption_template: str | None = None,
 ) -> ImageFolder:
-    """Read the metadata, or else the classes, of the images in a folder.
+    """Read what describes the images of a folder.
+
+    A value of an image is that of its line in a table; if that has none, that of its side files. Labels are the names
+    of folders if nothing else gives labels. Images that nothing describes are left out if others are described.
 
     Args:
-        found: images and metadata files of the folder.
-        image_column: column of the image; `image` is `file_name` in the metadata, any other x is `x_file_name`.
-        caption_column: column of the captions; it must hold strings in all lines of metadata that have it.
-        label_column: column of the labels; in a CSV file it is read as integers.
+        found: images and tables of the folder, and the files next to them.
+        image_column: column of the image; see `image_path`.
+        caption_column: columns of captions; each value must be a string, a list of strings, or null.
+        label_column: column of the labels; `label` may be the names of folders.
+        caption_template: template of captions, for which the folder of every image is enough.
 
     Raises:
-        ValueError: if a metadata file is damaged; it names the line.
+        ValueError: if a table is damaged, which names the line, or several tables describe the images.
     """
-    metadata = [Path(file) for file in found.files if Path(file).name in METADATA]
-    images = [file for file in found.files if Path(file).name not in METADATA]
-    if metadata:
-        return _captioned(metadata, images, image_column, caption_column, label_column)
-    return _classes(images, found.family)
-
-
-def _captioned(
-    metadata: list[Path], images: list[str], image_column: str, caption_column: str | None, label_column: str | None
-) -> ImageFolder:
-    if len({file.suffix for file in metadata}) > 1:
-        raise ValueError(f"{metadata[0]} and {metadata[-1]} must be of one format, .jsonl or .csv.")
-    entries, columns, repeated, absent = [], {image_column: None}, 0, 0
-    seen = set()
-    for file in metadata:
-        for line, record in read_metadata(file):
-            place = f"{file}, line {line}"
-            path = _image_path(file.parent, record, image_column, place)
-            caption = record.get(caption_column)
-            if caption is not None and not isinstance(caption, str):
-                raise ValueError(f"{place}: {caption_column!r} is {caption!r:.99}; a caption must be a string.")
-            if file.suffix == ".csv" and label_column in record:
-                record[label_column] = parse_integer(record[label_column])
-            columns |= dict.fromkeys(record)
-            repeated, absent = repeated + (path in seen), absent + (not os.path.isfile(path))
-            seen.add(path)
-            entries.append((path, record, place))
-    if not entries:
-        raise ValueError(f"{metadata[0]} describes no images; it must have one line per image.")
-    columns = tuple(column for column in columns if not column.endswith("file_name"))
-    entries = tuple((path, {**dict.fromkeys(columns), **record}, place) for path, record, place in entries)
-    without = len(set(images) - seen)
-    names = metadata[0].name
-    left_out = Counter({f"of {len(images)} images without a line in {names}": without} if without else {})
-    notes = [f"{count_of(repeated, 'line')} of {names} for an image that has an earlier line"] if repeated else []
-    notes += [f"{count_of(absent, 'line')} of {names} for an image that does not exist"] if absent else []
-    files = tuple(map(str, metadata)) + tuple(dict.fromkeys(path for path, _, _ in entries))
-    return ImageFolder(entries, files, columns, None, left_out, tuple(notes))
-
-
-def _image_path(folder: Path, record: dict[str, Any], image_column: str, place: str) -> str:
-    """The image that a line of metadata names; it must be below the folder of the metadata."""
-    key = f"{image_column}_file_name"
-    if image_column == "image" and "file_name" in record:
-        key = "file_name"
-    name = record.get(key)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{place}: `file_name` is {name!r:.99}; it must be the path of an image.")
-    if os.path.isabs(name) or "://" in name or os.path.normpath(name).startswith(".."):
-        raise ValueError(f"{place}: `file_name` is {name!r}; it must be a path inside {folder}.")
-    return os.path.join(folder, os.path.normpath(name))
-
-
-def read_metadata(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a metadata file with their numbers, from 1; blank lines are skipped.
-
-    Args:
-        file: `metadata.jsonl` or `metadata.csv`. Only a line feed ends a line, so captions may hold the other line
-            separators of Unicode.
-
-    Raises:
-        ValueError: if the file is empty or a line cannot be read; it names the line.
-    """
-    encoded = file.read_bytes()
-    try:
-        text = encoded.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = encoded.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: it must be UTF-8: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{file}, line 1: the file is empty; it must describe images.")
-    return _json_lines(file, text) if file.suffix == ".jsonl" else _csv_lines(file, text)
-
-
-def _json_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json_object(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
-        yield number, record
-
-
-def _csv_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # captions may be long
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(fields for fields in reader if fields)
-        if repeated := [name for name, count in Counter(header).items() if count > 1]:
-            raise ValueError(
-                f"{file}, line {reader.line_num}: it must name each column once; {repeated[0]!r} is listed twice."
-            )
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise ValueError(f"{file}, line {reader.line_num}: it has {len(fields)} of {len(header)} fields.")
-            yield reader.line_num, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: {error}") from error
-
-
-def _classes(images: list[str], family: tuple[str, ...]) -> ImageFolder:
-    """Images with their folders as classes, if there are at least two folders, all at the same depth.
-
-    Classes are numbered over all splits. An empty folder next to those of the classes also gets a number, so that two
-    sets with the same layout have the same numbers.
-    """
-    folders = {Path(file).parent for file in family if Path(file).name not in METADATA}
-    empty, others = _folders_without_images(folders)
-    names = sorted({folder.name for folder in folders | empty})
-    notes = [f"no images in the class folder {folder.name}, which keeps its number" for folder in sorted(empty)]
-    notes += [f"{folder.name} holds other files and is not a class" for folder in sorted(others)]
-    if len(names) < 2 or len({len(folder.parts) for folder in folders}) > 1:
-        entries = tuple((file, {}, file) for file in images)
-        return ImageFolder(entries, tuple(images), ("image",), None, Counter(), ())
-    numbers = {name: number for number, name in enumerate(names)}
-    entries = tuple((file, {"label": numbers[Path(file).parent.name]}, file) for file in images)
+    wanted = names_of(caption_column)
+    images = [file for file in found.files if suffix_of(file) not in TABLES]
+    family = ImageNames(file for file in found.family if suffix_of(file) not in TABLES)
+    tables, others, notes = _find_tables(found, family)
+    lines = _read_tables(tables, family, family.images.difference(images), image_column, wanted)
+    suffixes = SIDE_FILES if wanted else (".json",) if label_column else ()
+    side = read_side_files(ImageNames(images), [file for file in others if suffix_of(file) in suffixes])
+    left_out = Counter(other_kind(file) for file in others if suffix_of(file) not in suffixes)
+    entries = [(path, _joined(record, side.values.get(path, {})), place) for path, record, place in lines.entries]
+    entries += [(path, side.values.get(path, {}), path) for path in images if path not in lines.seen]
+    described = [entry for entry in entries if entry[0] in lines.seen or any(name in entry[1] for name in wanted)]
+    if described and caption_template is None:
+        left_out += _undescribed(images, len(entries) - len(described), tables, side)
+        entries = described
+    if side.alone:
+        left_out[f"caption file{'s' * (side.alone != 1)} without an image"] = side.alone
+    classes = _classes(family, entries, caption_template is not None)
+    if classes:
+        entries = [(path, {**values, "label": classes.number(path)}, place) for path, values, place in entries]
+        notes += classes.notes if label_column == "label" else ()
+    columns = tuple(dict.fromkeys([image_column, *chain.from_iterable(values for _, values, _ in entries)]))
+    notes += [*lines.notes(), *side.notes(), *_notes_on_both(lines, side, wanted), *_notes_on_repeats(images, wanted)]
     return ImageFolder(
-        entries, tuple(images), ("image", "label"), list(map(printable, names)), Counter(), tuple(notes)
+        tuple((path, {**dict.fromkeys(columns[1:]), **values}, place) for path, values, place in entries),
+        (*tables, *side.files, *dict.fromkeys(path for path, _, _ in entries)),
+        columns,
+        classes.names if classes else None,
+        left_out,
+        tuple(notes),
     )
 
 
-def _folders_without_images(folders: set[Path]) -> tuple[set[Path], set[Path]]:
-    """Of the folders next to those with images: the empty ones, and those that hold other files."""
-    siblings = {
-        Path(entry.path)
-        for parent in {folder.parent for folder in folders}
-        for entry in os.scandir(parent)
-        if entry.is_dir() and not entry.name.startswith((".", "__"))
-    } - folders
-    empty = {folder for folder in siblings if next(walk(folder, Counter()), None) is None}
-    return empty, siblings - empty
+def _find_tables(found: LocalFiles, images: ImageNames) -> tuple[list[str], list[str], list[str]]:
+    """The tables of a folder, the other files next to its images, and remarks.
+
+    Metadata files and tables that the user names come first; without them, one table of any other name is read.
+    """
+    tables = [file for file in found.files if suffix_of(file) in TABLES]
+    if len({suffix_of(file) for file in tables}) > 1:
+        raise ValueError(f"{tables[0]} and {tables[-1]} must be of one format, .jsonl or .csv.")
+    more = [file for file in found.beside if not is_side_file(file, images) and is_table(file, images)]
+    others = sorted(set(found.beside) - set(more))
+    if tables:
+        return tables, others, [f"{os.path.basename(file)} is not read next to {tables[0]}" for file in more]
+    for folder, count in Counter(map(os.path.dirname, more)).items():
+        if count > 1:
+            named = ", ".join(file for file in more if os.path.dirname(file) == folder)
+            raise ValueError(
+                f"`source` holds {count} tables of the same images, {named}; it must name the one to read."
+            )
+    return more, others, []
+
+
+@dataclass
+class _Lines:
+    """The lines of tables: their entries with the images that have one, and numbers of lines to remark on."""
+
+    entries: list[Entry] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    remarks: Counter = field(default_factory=Counter)
+    columns: Counter = field(default_factory=Counter)  # that `text` is read from
+
+    def notes(self) -> list[str]:
+        """The remarks, one line each."""
+        notes = [f"{count_of(count, 'line')} of {remark}" for remark, count in self.remarks.items()]
+        return notes + [f"captions are read from the column {name}" for name in self.columns if name != "text"]
+
+
+def _read_tables(
+    tables: list[str], images: ImageNames, others: Collection[str], image_column: str, wanted: tuple[str, ...]
+) -> _Lines:
+    """The entries of the lines of tables, with the values that they give.
+
+    Raises:
+        ValueError: if a line is damaged, names no image, or has a caption that is none, or the tables have no lines.
+    """
+    lines = _Lines()
+    for file in map(Path, tables):
+        for place, record in read_metadata(file):
+            named = image_path(file.parent, record, image_column, place)
+            path = images.find(named)
+            if path in others:
+                lines.remarks[f"{file.name} for an image of another split"] += 1
+                continue
+            if path is None:
+                lines.remarks[f"{file.name} for an image that does not exist"] += 1
+            if path in lines.seen:
+                lines.remarks[f"{file.name} for an image that has an earlier line"] += 1
+            values = {column: value for column, value in record.items() if not _names_image(column, image_column)}
+            if "text" in wanted:
+                lines.columns.update(add_text(values))
+            _check_captions(values, wanted, place)
+            lines.seen.add(path or named)
+            lines.entries.append((path or named, values, place))
+    if tables and not lines.entries:
+        raise ValueError(f"{tables[0]} describes no images; it must have one line per image.")
+    return lines
+
+
+def _names_image(column: str, image_column: str) -> bool:
+    return column.endswith("file_name") or column == image_column
+
+
+def _check_captions(values: dict[str, Any], wanted: tuple[str, ...], place: str):
+    for column in wanted:
+        try:
+            captions_of(values.get(column))
+        except TypeError as error:
+            raise ValueError(
+                f"{place}: {column!r} is {values[column]!r:.99}; a caption must be a string or a list of strings."
+            ) from error
+        except UnicodeError:  # found and counted when the row is used
+            continue
+
+
+def _joined(record: dict[str, Any], side: dict[str, Any]) -> dict[str, Any]:
+    """The values of a line, and those of side files where the line has none."""
+    return {**record, **side, **{column: value for column, value in record.items() if value is not None}}
+
+
+def _undescribed(images: list[str], count: int, tables: list[str], side: SideFiles) -> Counter:
+    """The number of images that are left out because nothing describes them."""
+    missing = [f"a line in {os.path.basename(tables[0])}"] if tables else []
+    missing += ["a caption file"] if side.values or not tables else []
+    return Counter({f"of {len(images)} images without {' or '.join(missing)}": count} if count else {})
+
+
+def _classes(images: ImageNames, entries: list[Entry], may_be_one: bool) -> ClassFolders | None:
+    """The class folders of the images, if no image has another label."""
+    if any(values.get("label") is not None for _, values, _ in entries):
+        return None
+    return class_folders(images.images, may_be_one)
+
+
+def _notes_on_both(lines: _Lines, side: SideFiles, wanted: tuple[str, ...]) -> Iterator[str]:
+    """A note on images that have captions in a table and in side files."""
+    both = {
+        path
+        for path, values, _ in lines.entries
+        for column in wanted
+        if values.get(column) and side.values.get(path, {}).get(column)
+    }
+    if both:
+        yield f"{count_of(len(both), 'image')} with a caption in a table and a caption file; the table is read"
+
+
+def _notes_on_repeats(images: list[str], wanted: tuple[str, ...]) -> Iterator[str]:
+    """A note on folders whose names begin with the number of repeats of kohya's scripts."""
+    folders = sorted({os.path.basename(folder) for folder in set(map(os.path.dirname, images))})
+    numbered = [folder for folder in folders if REPEATS.fullmatch(folder)]
+    if wanted and numbered:
+        yield f"the number in names of folders such as {numbered[0]} is not read as repeats; each image is read once"

@@ -63,17 +63,6 @@ class SampleStream(torch.utils.data.IterableDataset):
         self.given = Counter({int(source): count for source, count in state["given"].items()})
 
 
-def given_by_source(state: Any) -> Counter[int]:
-    """Number of samples that loaders have given, by the number of their source, from their states."""
-    if isinstance(state, list | tuple):
-        return sum(map(given_by_source, state), Counter())
-    if not isinstance(state, dict):
-        return Counter()
-    if "given" in state:
-        return Counter({int(source): count for source, count in state["given"].items()})
-    return given_by_source(list(state.values()))
-
-
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Join samples into a batch.
 

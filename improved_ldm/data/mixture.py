@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from improved_ldm.data.classes import check_num_classes
 from improved_ldm.data.rows import Rows
 
 
@@ -37,14 +38,19 @@ class Mixture:
         return rows if isinstance(rows, Mixture) else cls((Source(rows),))
 
     @classmethod
-    def join(cls, sources: tuple[Source, ...]) -> "Mixture":
+    def join(cls, sources: tuple[Source, ...], num_classes: int | None = None) -> "Mixture":
         """A mixture whose classes have the same numbers in all sources: those of the union of their names.
 
+        Args:
+            sources: the sets.
+            num_classes: number of classes; None if it is not known.
+
         Raises:
-            ValueError: if only some of the sources name their classes, or there are classes and no names.
+            ValueError: if only some of the sources name their classes, or `num_classes` is not the number of names.
         """
-        if len(sources) == 1 or sources[0].rows.label_column is None:
+        if sources[0].rows.label_column is None:
             return cls(sources)
+        sources = tuple(replace(source, rows=replace(source.rows, num_classes=num_classes)) for source in sources)
         named = [source.rows.class_names for source in sources]
         if any(names is None for names in named):
             if any(names is not None for names in named):
@@ -54,6 +60,9 @@ class Mixture:
                 )
             return cls(sources)
         union = list(dict.fromkeys(name for names in named for name in names))
+        check_num_classes(num_classes, union)
+        if len(sources) == 1:
+            return cls(sources)
         numbers = {name: number for number, name in enumerate(union)}
         return cls(
             tuple(

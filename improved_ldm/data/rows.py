@@ -3,22 +3,25 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from improved_ldm.data.captions import caption_of_class, captions_of, draw_caption
 from improved_ldm.data.filters import ALL_ROWS, RowFilter
 from improved_ldm.data.formats import FAULT
 from improved_ldm.data.images import read_image, read_size
 from improved_ldm.data.retries import RemoteReadError
 from improved_ldm.data.stored import StoredRow, Table, stored_windows
+from improved_ldm.places import EXTENSIONS
 
 # Members of webdataset shards that hold what a parquet file calls image, text and label.
 WEBDATASET_COLUMNS = {
-    "image": ("jpg", "jpeg", "png", "webp"),
+    "image": tuple(suffix[1:] for suffix in EXTENSIONS["imagefolder"]),
     "text": ("txt", "json.text", "json.caption"),
     "label": ("cls", "json.label"),
 }
@@ -48,10 +51,14 @@ class Rows:
     Args:
         dataset: the streamed rows, with images not decoded.
         image_column, caption_column, label_column: names of the columns; `a.b` is field b of column a, None is not
-            read.
+            read. One of several columns of captions is drawn for each row in each epoch.
         num_classes: number of classes; labels must be below it. None if it is not known.
         files: absolute paths of the local files that are read; empty for a dataset on the Hub.
         class_names: names of the classes in the order of their labels; None if the set does not have them.
+        class_numbers: label of each class by its name, if labels are stored as names.
+        caption_weights: weight of each column of captions; None weighs them equally.
+        caption_template: caption of an image that has no other, with `{label}` for the name of its class.
+        template_column: column of these classes.
         is_webdataset: whether `image`, `text` and `label` also find the usual members of a sample.
         description: what is read and what is left out, in a sentence or two.
         table: function that opens the rows as a table, which is read in any order; None for a stream.
@@ -63,11 +70,15 @@ class Rows:
 
     dataset: datasets.IterableDataset
     image_column: str
-    caption_column: str | None
+    caption_column: str | tuple[str, ...] | None
     label_column: str | None
     num_classes: int | None = None
     files: tuple[str, ...] = ()
     class_names: list[str] | None = None
+    class_numbers: Mapping[str, int] | None = None
+    caption_weights: tuple[float, ...] | None = None
+    caption_template: str | None = None
+    template_column: str | None = None
     is_webdataset: bool = False
     description: str = ""
     table: Callable[[], Table] | None = field(default=None, compare=False, repr=False)
@@ -81,12 +92,17 @@ class Rows:
         """Whether the rows come from the Hub."""
         return not self.files
 
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns of captions."""
+        return names_of(self.caption_column)
+
     def captions(self) -> Iterator[str]:
-        """The captions in the order of the set, without decoding images; bad ones are skipped."""
+        """All captions in the order of the set, without decoding images; bad rows are skipped."""
         for window in stored_windows(self.dataset, CAPTIONS_AT_ONCE, self.is_remote):
             for stored, *_ in window:
                 with contextlib.suppress(BadRowError):
-                    yield self.caption(stored)
+                    yield from self.all_captions(stored)
 
     def reason_to_leave_out(self, row: StoredRow, size: tuple[int, int] | None = None) -> str | None:
         """Why the filter of the set leaves out a row; None if it keeps it, or if the row is bad.
@@ -96,8 +112,8 @@ class Rows:
             size: (height, width) of its image, pixels, if it is known.
         """
         with contextlib.suppress(BadRowError):  # counted as such when it is read
-            caption = None if self.caption_column is None else lambda: self.caption(row.values)
-            return self.row_filter.reason(caption, lambda: size or self.image_size(row.values))
+            captions = None if self.caption_column is None else lambda: self.all_captions(row.values)
+            return self.row_filter.reason(captions, lambda: size or self.image_size(row.values))
         return None
 
     def decoded(self, row: StoredRow, seed: int, min_size: tuple[int, int] | None = None) -> "Row":
@@ -113,7 +129,7 @@ class Rows:
         """
         stored = row.values
         self.check(stored)
-        caption = None if self.caption_column is None else self.caption(stored)
+        caption = None if self.caption_column is None else self.caption(stored, seed)
         label = None if self.label_column is None else self.label(stored)
         image, size = self.image(stored, min_size)
         return Row(image, size, caption, label, seed)
@@ -179,36 +195,64 @@ class Rows:
             detail = "unknown format" if isinstance(error, UnidentifiedImageError) else repr(error)
             raise BadRowError("image cannot be decoded", detail) from error
 
-    def caption(self, stored: dict[str, Any]) -> str:
-        """The caption of a stored row; "" if the set has null.
+    def caption(self, stored: dict[str, Any], seed: int = 0) -> str:
+        """The caption of a stored row, drawn from those that it has; "" if it has none.
+
+        Args:
+            stored: the row.
+            seed: seed of the row in this epoch.
 
         Raises:
-            BadRowError: if it is missing, not a string, or not UTF-8.
+            BadRowError: if it is missing, not a string or a list of strings, or not UTF-8.
         """
-        value = self.value(stored, self.caption_column)
-        if value is ABSENT:
+        return draw_caption(self.caption_options(stored), self.caption_weights, seed)
+
+    def all_captions(self, stored: dict[str, Any]) -> list[str]:
+        """The captions of a stored row, of which one is drawn.
+
+        Raises:
+            BadRowError: as in `caption`.
+        """
+        return list(chain.from_iterable(self.caption_options(stored)))
+
+    def caption_options(self, stored: dict[str, Any]) -> list[list[str]]:
+        """The captions of a stored row in each column, or the one that the template makes of its class.
+
+        Raises:
+            BadRowError: as in `caption`.
+        """
+        values = [self.value(stored, column) for column in self.caption_columns]
+        if self.caption_template is None and all(value is ABSENT for value in values):
             raise BadRowError("caption is missing")
-        if value is None:
-            return ""
         try:
-            text = value.decode() if isinstance(value, bytes) else value
-            if not isinstance(text, str):
-                raise BadRowError("caption is not a string", f"it is of type {type(text).__name__}")
-            text.encode()  # JSON can hold halves of surrogate pairs, which tokenizers refuse
+            options = [captions_of(None if value is ABSENT else value) for value in values]
+        except TypeError as error:
+            raise BadRowError("caption is not a string", str(error)) from error
         except UnicodeError as error:
             raise BadRowError("caption is not UTF-8", str(error)) from error
-        return self.caption_prefix + text if text else text
+        if self.caption_template is not None and not any(options):
+            name = self.class_names[self._class_of(stored, self.template_column)]
+            options[0] = [caption_of_class(self.caption_template, name)]
+        return [[self.caption_prefix + caption for caption in captions] for captions in options]
 
     def label(self, stored: dict[str, Any]) -> int:
-        """The label of a stored row.
+        """The label of a stored row: an integer, or the number of the class that it names.
 
         Raises:
-            BadRowError: if it is missing, not an integer, or out of range.
+            BadRowError: if it is missing, not an integer, out of range, or names no class.
         """
-        value = self.value(stored, self.label_column)
+        return self._class_of(stored, self.label_column)
+
+    def _class_of(self, stored: dict[str, Any], column: str) -> int:
+        value = self.value(stored, column)
         if value is ABSENT or value is None:
             raise BadRowError("label is missing")
-        label = parse_integer(value.decode(errors="replace")) if isinstance(value, bytes) else value
+        label = stored_label(value)
+        if self.class_numbers is not None:
+            if not isinstance(label, str) or label not in self.class_numbers:
+                raise BadRowError("label is not the name of a class", f"it is {label!r:.40}")
+            label = self.class_numbers[label]
+        label = parse_integer(label)
         if type(label) is not int:
             raise BadRowError("label is not an integer", f"it is {label!r:.40}")
         classes = len(self.own_classes or ()) or self.num_classes or len(self.class_names or ()) or MAX_CLASSES
@@ -240,9 +284,19 @@ class Row:
     group: int = 0
 
 
-def parse_integer(text: str) -> int | str:
-    """The integer that a text holds; the text itself if it is not an integer, or has more than 30 digits."""
-    return int(text) if INTEGER.fullmatch(text) else text
+def names_of(columns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names of one column, of several, or of none."""
+    return (columns,) if isinstance(columns, str) else tuple(columns or ())
+
+
+def stored_label(value: Any) -> Any:
+    """A label as it is stored, with the bytes of a text file as their text without spaces around it."""
+    return value.decode(errors="replace").strip() if isinstance(value, bytes) else value
+
+
+def parse_integer(value: Any) -> Any:
+    """The integer that a text holds; any other value, and a text of more than 30 digits, as it is."""
+    return int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
 
 
 def column_names(column: str, is_webdataset: bool) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """Opens and checks captioned images: from the Hub, parquet, webdataset shards, image folders or the embedded set."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from improved_ldm.data.captions import check_captions
+from improved_ldm.data.classes import check_num_classes, number_classes
 from improved_ldm.data.files import LocalFiles, count_of, local_files, printable
 from improved_ldm.data.formats import (
     image_folder_rows,
@@ -21,9 +25,9 @@ from improved_ldm.data.formats import (
 )
 from improved_ldm.data.image_folder import open_image_folder
 from improved_ldm.data.images import read_image
+from improved_ldm.data.probe import check_columns
 from improved_ldm.data.retries import reading_hub
-from improved_ldm.data.rows import ABSENT, BadRowError, Row, Rows, column_names, stored_windows
-from improved_ldm.data.shards import LOST
+from improved_ldm.data.rows import BadRowError, Row, Rows, column_names, names_of, parse_integer
 from improved_ldm.data.stream import RowStream
 from improved_ldm.data.tables import FolderTable, ParquetTable, ShardTable, is_packed
 from improved_ldm.data.tally import CorruptImagesError
@@ -38,7 +42,11 @@ __all__ = [
     "read_image",
 ]
 
-PROBED_ROWS = 100  # first rows, of which at least one must hold a column
+CAPTION_LAYOUTS = (
+    "Captions of images in a folder come from a .txt, .caption or .json file beside each image with its name, from "
+    "metadata.jsonl or metadata.csv, or from the names of class folders with `caption_template`."
+)
+Columns = dict[str, str | tuple[str, ...] | None]  # by the argument of `open_rows`
 
 
 def open_rows(
@@ -46,22 +54,28 @@ def open_rows(
     split: str = "train",
     name: str | None = None,
     image_column: str = "image",
-    caption_column: str | None = "text",
+    caption_column: str | Sequence[str] | None = "text",
     label_column: str | None = None,
     num_classes: int | None = None,
+    caption_weights: Sequence[float] | None = None,
+    caption_template: str | None = None,
 ) -> Rows:
     """Open a set of images for streaming and check that it has the requested columns.
 
     Args:
-        source: `embedded:fashion-mnist`; a folder with parquet files, webdataset shards (.tar) or images with a
-            metadata file; a file, a glob or a list of such files; or a dataset id on the Hub.
+        source: `embedded:fashion-mnist`; a folder with parquet files, webdataset shards (.tar) or images with side
+            files, a table or class folders; a file, a glob or a list of such files; or a dataset id on the Hub.
         split: split of the set; see `local_files` for the splits of a folder.
         name: configuration of a Hub dataset that has several.
         image_column: column of encoded images.
-        caption_column: column of captions; None to read none. If a row holds null, its caption is "".
-        label_column: column of integer classes; None to read none. For webdataset shards `image`, `text` and `label`
-            also find the usual members of each sample (jpg, png, webp; txt or json; cls or json).
+        caption_column: column of captions, or several, of which one is drawn for each row in each epoch; None to read
+            none. A value may be a list of captions, which are drawn uniformly. If a row has none, its caption is "".
+        label_column: column of classes, integers or names; None to read none. For webdataset shards `image`, `text`
+            and `label` also find the usual members of each sample (jpg, png, webp, …; txt or json; cls or json).
         num_classes: number of classes; labels must be below it. None if it is not known.
+        caption_weights: positive weight of each column of captions; None weighs them equally.
+        caption_template: caption of an image that has no other, with `{label}` for the words of its class's name; it
+            needs `label_column`.
 
     Returns:
         The opened rows. Columns that are not requested are not read.
@@ -69,22 +83,70 @@ def open_rows(
     Raises:
         FileNotFoundError: if the source does not exist, neither as a local file or folder nor on the Hub.
         ValueError: if the format is not supported, the split or a column is missing, a column holds values of another
-            type, a metadata file is damaged, or there are no rows.
+            type, a table is damaged, there are no rows, or `num_classes` is not the number of the classes' names.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
+    check_captions(caption_column, caption_weights, caption_template)
+    if caption_template is not None and label_column is None:
+        raise ValueError("`caption_template` is given without `label_column`, whose classes it names.")
+    captions = tuple(caption_column) if isinstance(caption_column, list) else caption_column
+    columns = {"image_column": image_column, "caption_column": captions, "label_column": label_column}
+    weights, found = tuple(caption_weights) if caption_weights else None, None
     if is_hub_id(source):
         with reading_hub():
             rows, names = _open_hub(source, split, name, columns)
     elif name is not None:
         raise ValueError(f"`name` is {name!r}; only datasets on the Hub have configurations, and {source!s} is local.")
     else:
-        rows, names = _open_local(local_files(source, split), columns)
-    rows = replace(rows, num_classes=num_classes)
-    _check_columns(rows, names, f"`source` {source!s} has no rows in its split {split!r}.")
+        found = local_files(source, split)
+        rows, names = _open_local(found, columns, caption_template)
+    rows = replace(rows, num_classes=num_classes, caption_weights=weights)
+    if caption_template is not None:
+        rows = replace(rows, caption_template=caption_template, template_column=label_column)
+    nothing = f"`source` {source!s} has no rows in its split {split!r}."
+    label = check_columns(rows, names, nothing, CAPTION_LAYOUTS if found and found.kind == "imagefolder" else "")
+    return _name_classes(rows, found, label)
+
+
+def _name_classes(rows: Rows, found: LocalFiles | None, label: Any) -> Rows:
+    """The rows with the names of their classes, if labels are stored as names.
+
+    Args:
+        rows: the rows.
+        found: the local files; None for a set on the Hub.
+        label: label of one row; None if there is none.
+    """
+    if rows.class_names is None and isinstance(parse_integer(label), str):
+        if found is None:
+            raise ValueError(
+                f"`label_column` is {rows.label_column!r}; it holds names such as {label!r:.60}, which are not "
+                "collected from the Hub. Download the set, or store the labels as integers or as a `ClassLabel`."
+            )
+        numbers = number_classes(_stored_labels(rows, found), rows.label_column)
+        if numbers:
+            rows = replace(rows, class_numbers=numbers, class_names=list(map(printable, numbers)))
+    if rows.class_names is None and rows.caption_template is not None:
+        raise ValueError(f"`caption_template` needs names of classes; `label_column` {rows.label_column!r} has none.")
+    check_num_classes(rows.num_classes, rows.class_names)
     return rows
 
 
-def _open_hub(source: str, split: str, name: str | None, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+def _stored_labels(rows: Rows, found: LocalFiles) -> Iterator[Any]:
+    """The labels of all splits of local files, as they are stored."""
+    column = rows.label_column
+    if found.kind == "imagefolder":
+        family = replace(found, files=found.family, beside=found.family_beside)
+        entries = open_image_folder(family, rows.image_column, None, column).entries
+        stored = image_folder_rows(entries, rows.image_column)
+    else:
+        read = {"parquet": parquet_rows, "webdataset": webdataset_rows}[found.kind]
+        names = column_names(column, rows.is_webdataset)
+        stored = read(list(found.family), list(range(len(found.family))), names)
+    for item in stored:
+        with contextlib.suppress(BadRowError):
+            yield rows.value(item["row"], column)
+
+
+def _open_hub(source: str, split: str, name: str | None, columns: Columns) -> tuple[Rows, list[str]]:
     """The rows of a dataset on the Hub, and the names of its columns."""
     try:
         builder = datasets.load_dataset_builder(source, name)
@@ -114,7 +176,7 @@ def _open_hub(source: str, split: str, name: str | None, columns: dict[str, str 
     return rows, names
 
 
-def _open_hub_shards(source: str, split: str, files: dict, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+def _open_hub_shards(source: str, split: str, files: dict, columns: Columns) -> tuple[Rows, list[str]]:
     """The rows of webdataset shards on the Hub, read like local ones: `datasets` stops if members differ."""
     if split not in files:
         raise ValueError(f"`split` is {split!r}; {source} has {', '.join(map(str, files))}.")
@@ -127,13 +189,14 @@ def _open_hub_shards(source: str, split: str, files: dict, columns: dict[str, st
     return rows, []
 
 
-def _open_local(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+def _open_local(found: LocalFiles, columns: Columns, template: str | None) -> tuple[Rows, list[str]]:
     """The rows of local files, and the names of their columns."""
-    opened = {"parquet": _open_parquet, "webdataset": _open_webdataset, "imagefolder": _open_images}[found.kind]
-    return opened(found, columns)
+    if found.kind == "imagefolder":
+        return _open_images(found, columns, template)
+    return {"parquet": _open_parquet, "webdataset": _open_webdataset}[found.kind](found, columns)
 
 
-def _open_parquet(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+def _open_parquet(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]:
     schemas, count, unknown = {}, 0, 0
     for file in found.files:
         try:
@@ -167,7 +230,7 @@ def _agreed_class_names(schemas: dict[str, pa.Schema], column: str | None) -> li
     return named.get(first)
 
 
-def _open_webdataset(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
+def _open_webdataset(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]:
     wanted = _wanted(columns, is_webdataset=True)
     rows = Rows(
         _stream(webdataset_rows, found.files, columns=wanted),
@@ -180,8 +243,8 @@ def _open_webdataset(found: LocalFiles, columns: dict[str, str | None]) -> tuple
     return rows, []
 
 
-def _open_images(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Rows, list[str]]:
-    folder = open_image_folder(found, **columns)
+def _open_images(found: LocalFiles, columns: Columns, template: str | None) -> tuple[Rows, list[str]]:
+    folder = open_image_folder(found, **columns, caption_template=template)
     rows = Rows(
         _stream(image_folder_rows, None, entries=folder.entries, image_column=columns["image_column"]),
         **columns,
@@ -193,9 +256,10 @@ def _open_images(found: LocalFiles, columns: dict[str, str | None]) -> tuple[Row
     return rows, list(folder.columns)
 
 
-def _wanted(columns: dict[str, str | None], is_webdataset: bool = False) -> tuple[str, ...]:
+def _wanted(columns: Columns, is_webdataset: bool = False) -> tuple[str, ...]:
     """All names that the columns may have."""
-    return tuple(name for column in columns.values() if column for name in column_names(column, is_webdataset))
+    wanted = chain.from_iterable(map(names_of, columns.values()))
+    return tuple(name for column in wanted for name in column_names(column, is_webdataset))
 
 
 def _stream(rows, files: tuple[str, ...] | None, **arguments: Any) -> datasets.IterableDataset:
@@ -211,46 +275,3 @@ def _describe(found: LocalFiles, rows: str, left_out: Counter | None = None, not
     if reasons:
         text += f"; left out: {', '.join(reasons)}"
     return printable("; ".join([text, *found.notes, *notes]))
-
-
-def _check_columns(rows: Rows, names: list[str], nothing: str):
-    """Raise a ValueError if there are no rows, or none of the first rows holds a requested column."""
-    text = str | bytes | None if rows.is_webdataset else str | None
-    expected = {
-        "image_column": (bytes | dict, "encoded images"),
-        "caption_column": (text, "strings"),
-        "label_column": (int | bytes if rows.is_webdataset else int, "integers"),
-    }
-    missing = {argument for argument in expected if getattr(rows, argument) is not None}
-    values = {}
-    first, lost = None, {}
-    windows = stored_windows(rows.dataset, 1, rows.is_remote)
-    for stored, place, _ in islice(chain.from_iterable(windows), PROBED_ROWS):
-        if LOST in stored:
-            lost[place] = stored[LOST]
-            continue
-        first = first or stored
-        for argument in list(missing):
-            value = _value_or_absent(rows, stored, getattr(rows, argument))
-            if isinstance(value, expected[argument][0]) and not isinstance(value, bool):  # a bool is an int in Python
-                missing.remove(argument)
-            elif value is not ABSENT and value is not None:
-                values.setdefault(argument, value)
-        if not missing:
-            return
-    if first is None:
-        raise ValueError(" ".join([nothing, *(f"{place}: {reason}." for place, reason in lost.items())]))
-    for argument in sorted(missing, key=list(expected).index):
-        asked = f"`{argument}` is {getattr(rows, argument)!r}"
-        if argument in values:
-            raise ValueError(f"{asked}; it must hold {expected[argument][1]}, not {type(values[argument]).__name__}.")
-        columns = names or [column for column in first if column != "__key__"]
-        holds = "it is empty in the first rows" if getattr(rows, argument) in columns else "it is not among them"
-        raise ValueError(f"{asked}; the set has the columns {', '.join(columns)}; {holds}.")
-
-
-def _value_or_absent(rows: Rows, stored: dict[str, Any], column: str) -> Any:
-    try:
-        return rows.value(stored, column)
-    except BadRowError:
-        return ABSENT

@@ -128,3 +128,14 @@ def skipped_rows(state: Any) -> dict[str, int]:
     if "skipped_rows" in state:
         return dict(state["skipped_rows"])
     return skipped_rows(list(state.values()))
+
+
+def given_by_source(state: Any) -> Counter[int]:
+    """Number of samples that loaders have given, by the number of their source, from their states."""
+    if isinstance(state, list | tuple):
+        return sum(map(given_by_source, state), Counter())
+    if not isinstance(state, dict):
+        return Counter()
+    if "given" in state:
+        return Counter({int(source): count for source, count in state["given"].items()})
+    return given_by_source(list(state.values()))

@@ -21,6 +21,7 @@ from improved_ldm.conditioning.values import (
     read_size,
     refuse,
 )
+from improved_ldm.resolution import Resolution, side_of, sides_of
 
 # Antialiased when reducing, like all filters of PIL, and the usual filter for FID (clean-fid). It rings less than
 # Lanczos on drawings and line art.
@@ -109,7 +110,8 @@ class ImageTransform:
             size on a sample.
         min_original_size: smallest shorter side of a reduced image, pixels. The shorter side is log-uniform between
             this and the shorter side of the image.
-        target_scale: side of the samples of a later stage, pixels; `crop_at_target_scale` crops at their scale.
+        target_scale: resolution of the samples of a later stage, pixels; `crop_at_target_scale` crops at the scale of
+            a sample with as many pixels and the shape of this one.
         measured: names of the `MEASURES` that are written to the record; the others stay unknown.
 
     Raises:
@@ -119,7 +121,7 @@ class ImageTransform:
     choice, so that every octave of size is equally frequent.
     """
 
-    resolution: int | tuple[int, int]
+    resolution: Resolution
     crop_policy: CropPolicy = "resize_then_crop"
     crop_position: CropPosition = "centre"
     crop_probability: float = 1.0
@@ -127,7 +129,7 @@ class ImageTransform:
     flip_probability: float = 0.0
     reduce_probability: float = 0.0
     min_original_size: int | None = None
-    target_scale: int | None = None
+    target_scale: Resolution | None = None
     measured: Collection[str] = ()
 
     def __post_init__(self):
@@ -139,7 +141,7 @@ class ImageTransform:
             raise ValueError(
                 f"`target_scale` is {self.target_scale!r}; 'crop_at_target_scale' needs it, the others do not take it."
             )
-        if self.target_scale is not None and self.target_scale < max(self.sample_size):
+        if self.target_scale is not None and side_of(self.target_scale) < side_of(self.sample_size):
             raise ValueError(f"`target_scale` is {self.target_scale}; it must be ≥ `resolution` {self.resolution}.")
         if self.reduce_probability and self.min_original_size is None:
             raise ValueError(
@@ -150,7 +152,7 @@ class ImageTransform:
     def _read(self) -> dict[str, Any]:
         """The fields as checked values."""
         return {
-            "resolution": _read_resolution(self.resolution),
+            "resolution": _read_resolution("resolution", self.resolution),
             "crop_policy": read_choice("crop_policy", self.crop_policy, get_args(CropPolicy)),
             "crop_position": read_choice("crop_position", self.crop_position, get_args(CropPosition)),
             "min_crop": read_number("min_crop", self.min_crop, MIN_CROP, 1),
@@ -159,8 +161,8 @@ class ImageTransform:
                 for name in ("crop_probability", "flip_probability", "reduce_probability")
             },
             **{
-                name: read_integer(name, value, 1, MAX_SIDE)
-                for name in ("min_original_size", "target_scale")
+                name: read(name, value)
+                for name, read in (("min_original_size", _read_side), ("target_scale", _read_resolution))
                 if (value := getattr(self, name)) is not None
             },
         }
@@ -168,12 +170,14 @@ class ImageTransform:
     @property
     def sample_size(self) -> tuple[int, int]:
         """(height, width) of the samples, pixels."""
-        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+        return sides_of(self.resolution)
 
     @property
-    def _scaled_to(self) -> tuple[int, int]:
+    def _scaled_to(self) -> tuple[float, float]:
         """(height, width) that an image is scaled to cover, pixels."""
-        return self.sample_size if self.target_scale is None else (self.target_scale, self.target_scale)
+        if self.target_scale is None:
+            return self.sample_size
+        return tuple(side * side_of(self.target_scale) / side_of(self.sample_size) for side in self.sample_size)
 
     @property
     def decode_size(self) -> tuple[int, int]:
@@ -247,13 +251,17 @@ class ImageTransform:
         return free // 2 if self.crop_position == "centre" else rng.randint(0, free)
 
 
-def _read_resolution(resolution: Any) -> int | tuple[int, int]:
+def _read_side(name: str, side: Any) -> int:
+    return read_integer(name, side, 1, MAX_SIDE)
+
+
+def _read_resolution(name: str, resolution: Any) -> Resolution:
     """One or two sides, pixels, checked."""
     if not is_sequence(resolution):
-        return read_integer("resolution", resolution, 1, MAX_SIDE)
+        return _read_side(name, resolution)
     if len(resolution) != 2:
-        refuse("resolution", resolution, "one or two positive integers")
-    return tuple(read_integer("resolution", side, 1, MAX_SIDE) for side in resolution)
+        refuse(name, resolution, "one or two positive integers")
+    return tuple(_read_side(name, side) for side in resolution)
 
 
 def _float32(numbers: Sequence[float]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from improved_ldm.demo.pictures import PictureFolder
 from improved_ldm.demo.server import Page, refuse
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import shareable_place
+from improved_ldm.resolution import resolution_of, size_text
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 FIRST_PROMPT = "a photo of an ankle boot"
@@ -166,9 +167,8 @@ def build_demo(pipeline: ImprovedLDMPipeline, name: str = "", about: str = "", q
 def _head(pipeline: ImprovedLDMPipeline, name: str, about: str) -> str:
     """The style and the head of the page."""
     denoiser = pipeline.denoiser
-    model = (
-        f"{type(denoiser).__name__}, {denoiser.num_parameters() / 1e6:,.1f} M parameters, {pipeline.default_size} px"
-    )
+    size = size_text(resolution_of(*pipeline.default_size))
+    model = f"{type(denoiser).__name__}, {denoiser.num_parameters() / 1e6:,.1f} M parameters, {size} px"
     return (
         f"<style>{STYLE}</style><div id='head'><h1>improved_ldm</h1>"
         f"<p>{html.escape(f'{shareable_place(name)} · {model}' if name else model)}</p>"

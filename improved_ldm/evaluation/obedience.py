@@ -64,14 +64,14 @@ def load_real_images(rows: Rows, resolution: int, count: int) -> RealImages:
 
 
 def open_judged(
-    source: str | None, data_source: str, side: int, say: Callable[[str], None]
+    source: str | None, data_source: str, size: tuple[int, int], say: Callable[[str], None]
 ) -> tuple[Judge, RealImages] | None:
     """Open a judge and the real images of its data set.
 
     Args:
         source: `embedded:judge` or the folder of a `Judge`; None skips the measurement.
         data_source: Source of the data set, as for `open_rows`.
-        side: Side length of the samples in pixels.
+        size: (height, width) of the samples in pixels. A judge sees squares only.
         say: Called with a message if the judge does not fit.
 
     Returns:
@@ -85,8 +85,9 @@ def open_judged(
     judge = load_judge(source)
     if judge is None:
         raise ValueError(f"`judge` is {source!r}; it must be 'embedded:judge' or the folder of a Judge.")
-    if judge.config.data_source != data_source or judge.config.sample_size != side:
-        say(f"not judged: {source} is for {judge.config.data_source} at {judge.config.sample_size} pixels")
+    side = judge.config.sample_size
+    if judge.config.data_source != data_source or (side, side) != tuple(size):
+        say(f"not judged: {source} is for {judge.config.data_source} at {side}x{side} pixels")
         return None
     return judge, load_real_images(open_rows(data_source, "test", label_column="label"), side, NUM_REAL_IMAGES)
 

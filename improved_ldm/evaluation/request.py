@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Pixels, Place, SamplerSteps, Seed, Text, Threads
+from improved_ldm.bounds import BatchSize, Count, LocalPath, Number, Place, SamplerSteps, Seed, Sides, Text, Threads
 from improved_ldm.evaluation.comparability import ADM_KEYS, ADM_SCORES
 from improved_ldm.evaluation.evaluate import ScoreSettings
 from improved_ldm.evaluation.features import Resizing
@@ -65,8 +65,8 @@ class EvaluateConfig(ScoringConfig):
     """Reference set: an embedded set, a Hub id, a file or a folder; needed without `reference_statistics`."""
     write_statistics: LocalPath | None = None
     """`.npz` to write with the statistics of the reference images, which `reference_statistics` reads."""
-    resolution: Pixels | None = None
-    """Side length of the reference images in pixels, to write statistics without a pipeline or samples."""
+    resolution: Sides | None = None
+    """Side length of the reference images in pixels, or [height, width], to write statistics of them alone."""
     split: Text = "test"
     """Split of the reference set."""
     name: Text | None = None

@@ -91,11 +91,11 @@ def check_settings(pipeline: ImprovedLDMPipeline, settings: SamplingSettings, co
     unknown = sorted(control.keys() - CONTROL_INPUTS)
     if unknown:
         raise ValueError(f"`control` has {', '.join(unknown)}; valid keys are {', '.join(sorted(CONTROL_INPUTS))}.")
-    side = pipeline.default_size
-    pipeline.make_controls(1, side, side, **control)
+    size = pipeline.default_size
+    pipeline.make_controls(1, *size, **control)
     pipeline.read_guidance(settings.guidance_scale, settings.control_guidance_scale, 0.0, None)
     steps = read_schedule(settings.num_inference_steps, None, None, settings.num_inference_steps)
-    pipeline.scheduled(**steps, latent_shape=pipeline.latent_shape(1, side, side), device=pipeline.device)
+    pipeline.scheduled(**steps, latent_shape=pipeline.latent_shape(1, *size), device=pipeline.device)
 
 
 def call_pipeline(
@@ -184,7 +184,7 @@ class Sampler:
 def _identity(pipeline: ImprovedLDMPipeline) -> dict[str, Any]:
     """Everything in a pipeline that changes an image: weights, the sampler and its settings, and its own settings."""
     networks = {"denoiser": pipeline.denoiser, "vae": pipeline.vae}
-    names = ["default_original_size"]
+    names = ["default_original_size", *["default_size"] * (pipeline.config.default_size is not None)]
     if pipeline.takes_text:
         networks["text_encoder"] = pipeline.text_encoder
         names += TEXT_SETTINGS

@@ -18,6 +18,7 @@ from improved_ldm.hub.eval_results import EVAL_RESULTS, conditions, judged_resul
 from improved_ldm.lineage import CHANGES, conditions_lines
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import is_hub_id, shareable_place
+from improved_ldm.resolution import resolution_of, size_text
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAG = "improved_ldm"
@@ -61,16 +62,41 @@ def card_data(
         tags: Tags besides the one of the model family.
         more: Further fields.
     """
-    source = config["data"]["source"]
+    hub_sets = [source["source"] for source in data_sources(config) if is_hub_id(source["source"])]
     return ModelCardData(
         license=config["hub"]["license"],
         library_name="diffusers",
         pipeline_tag="text-to-image" if pipeline.takes_text else "unconditional-image-generation",
         tags=[TAG, *tags],
-        datasets=[source] if is_hub_id(source) else None,
+        datasets=hub_sets or None,
         model_name=name,
         **more,
     )
+
+
+def data_sources(config: dict[str, Any], seen: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The sets that a run reads, for the card.
+
+    Args:
+        config: Configuration of the run.
+        seen: Number of images seen of each set, if they are several and it is known.
+
+    Returns:
+        For each set `source`, `split` and, if they are several, `share` of the samples and the number `seen`.
+    """
+    data = config["data"]
+    if not data.get("sources"):
+        return [{"source": data["source"], "split": data["split"]}]
+    total = sum(source["weight"] for source in data["sources"])
+    return [
+        {
+            "source": source["source"],
+            "split": source["split"] or data["split"],
+            "share": source["weight"] / total,
+            "seen": seen[number] if number < len(seen) else None,
+        }
+        for number, source in enumerate(data["sources"])
+    ]
 
 
 def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +109,10 @@ def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: d
     read = pipeline.denoiser.control_inputs
     return {
         "config": {**config, **named},
+        "sources": [
+            {**source, "source": shareable_place(source["source"])}
+            for source in data_sources(config, metrics.get("images_by_source", ()))
+        ],
         "control": variables_read(read),
         "parts": ", ".join(part for part, inputs in INPUTS_OF_PARTS.items() if inputs & read),
         "metrics": metrics,
@@ -142,7 +172,8 @@ def render_card(
         denoiser=f"`{type(denoiser).__name__}`, {denoiser.summary}",
         parameters=denoiser.num_parameters(),
         lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
-        side=pipeline.default_size,
+        size="{}x{}".format(*pipeline.default_size),
+        resolution=size_text(resolution_of(*pipeline.default_size)),
         evaluation=_judged_text(metrics),
         picture=picture,
         control_picture=control_picture,
@@ -292,8 +323,7 @@ def _lineage_line(record: dict[str, Any]) -> str:
     source = record["source"] or "a model in memory"
     details = {name: value for name, value in record.items() if name not in ("source", *CHANGES)}
     if "resolution" in details:
-        low, high = details.pop("resolution")
-        details = {"pixels": f"{low} to {high}", **details}
+        details = {"pixels": " to ".join(map(size_text, details.pop("resolution"))), **details}
     if "data" in details:
         details["data"] = " to ".join(f"`{place}`" for place in details["data"])
     line = ", ".join([f"`{source}`", *(f"{name} {value}" for name, value in details.items())])

@@ -1,5 +1,6 @@
 """mDT-v2: a DiT that also learns to predict from a part of the patches (Gao et al., 2023)."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,14 @@ from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.models.dit import DiTBlock
 from improved_ldm.models.layers import OutputLayer, PatchEmbedding, initialize
 from improved_ldm.models.patch_denoiser import PatchDenoiser
-from improved_ldm.models.positions import PositionTransfer, RelativePositionBias, interpolate_grid, relative_offsets
+from improved_ldm.models.positions import (
+    PositionTransfer,
+    RelativePositionBias,
+    interpolate_grid,
+    relative_offsets,
+    resample_grid,
+    sincos_beyond,
+)
 from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 
 MASK_RATIO_SPAN = 0.2  # the fraction of masked patches is random, from the mask ratio to this much more
@@ -73,7 +81,8 @@ class MDTDenoiser(PatchDenoiser):
     Args:
         num_layers: Blocks of encoder and decoder together; the encoder must have an even number of blocks.
         num_decoder_layers: Blocks of the decoder.
-        position_extent: Coordinates that a side of the grid spans at initialisation; default: its number of patches.
+        position_extent: Coordinates that a side of a square grid spans at initialisation; default: its number of
+            patches.
         mask_ratio: Minimum fraction of the patches that the masked pass of a training step leaves out.
 
     The other arguments are those of `PatchDenoiser` and `Denoiser`.
@@ -184,16 +193,23 @@ class MDTDenoiser(PatchDenoiser):
             for name, module in self.named_modules()
             if isinstance(module, RelativePositionBias)
         }
-        return {}, {**tables, **biases}
+        return {"position_extent": self.position_extent}, {**tables, **biases}
 
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """The encoder's learned positions (rows · columns, dim) of a grid of patches."""
         return self.fitted(self.positions, grid)
 
     def fitted(self, table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """A learned table (tokens, dim), interpolated if the grid of patches differs from the grid at training."""
+        """A learned table (tokens, dim), interpolated if the grid of patches differs from the grid at training.
+
+        A grid that is not square is wider or higher than the table. There the sin-cos positions that the table started
+        from continue it.
+        """
         side = self.config.sample_size // self.config.patch_size
-        return table if grid == (side, side) else interpolate_grid(table, (side, side), grid)
+        if grid == (side, side):
+            return table
+        beyond = sincos_beyond(*grid, table.shape[-1], self.position_extent, table.device)
+        return resample_grid(table, grid, span=math.sqrt(grid[0] * grid[1])) + beyond.to(table.dtype)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -23,10 +23,15 @@ class PatchDenoiser(Denoiser):
         num_attention_heads: Heads.
         mlp_ratio: Width of the feed-forward divided by `hidden_size`.
         qk_norm: RMS-normalise queries and keys per head.
-        position_extent: Coordinates that a side of the grid spans; default: its number of patches at training.
+        position_extent: Coordinates that a side of a square grid spans; default: its number of patches at training.
     """
 
     _skip_layerwise_casting_patterns = ("patch_embedding", "trunk", "norm")
+
+    @property
+    def stretches_positions(self) -> bool:
+        """Whether both sides of any grid span the same coordinates, as in PixArt-α and diffusers' DiT."""
+        return self.config.conditioning == "published"
 
     @property
     def patch_size(self) -> int:
@@ -76,10 +81,15 @@ class PatchDenoiser(Denoiser):
         side = self.config.sample_size // self.config.patch_size
         self.register_buffer("positions", self.computed_positions(side, side))
 
-    def computed_positions(self, rows: int, columns: int) -> torch.Tensor:
+    @property
+    def position_extent(self) -> float:
+        """Coordinates that a side of a square grid spans."""
+        return self.config.position_extent or self.config.sample_size / self.config.patch_size
+
+    def computed_positions(self, rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
         """Sin-cos embeddings (rows · columns, dim) of a grid in the model's coordinate range."""
-        extent = self.config.position_extent or self.config.sample_size / self.config.patch_size
-        return sincos_grid(rows, columns, self.config.hidden_size, extent)
+        extent, stretched = self.position_extent, self.stretches_positions
+        return sincos_grid(rows, columns, self.config.hidden_size, extent, stretched, device)
 
     def resized_positions(
         self, sample_size: int, positions: PositionTransfer
@@ -97,4 +107,6 @@ class PatchDenoiser(Denoiser):
     def positions_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings (rows · columns, dim) of a grid of patches."""
         side = self.config.sample_size // self.config.patch_size
-        return self.positions if grid == (side, side) else self.computed_positions(*grid).to(self.positions)
+        if grid == (side, side):
+            return self.positions
+        return self.computed_positions(*grid, self.positions.device).to(self.positions)

@@ -1,5 +1,6 @@
 """Positions of patches: sin-cos and learned position embeddings on a grid, and relative position biases."""
 
+import math
 from typing import Literal
 
 import torch
@@ -8,27 +9,84 @@ from torch import nn
 PositionTransfer = Literal["resample", "interpolate", "extrapolate", "keep"]
 
 
-def sincos_grid(height: int, width: int, dim: int, extent: float) -> torch.Tensor:
-    """Fixed position embeddings of a grid of patches.
+def patch_coordinates(
+    height: int, width: int, extent: float, stretched: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of the rows and of the columns of a grid of patches.
 
-    Each side of the grid spans the coordinates [0, `extent`), regardless of its number of patches. So a denser grid
-    resamples the positions of a coarser one instead of extending them.
+    A square grid spans [0, `extent`) along both sides, regardless of its number of patches. So a denser grid resamples
+    the positions of a coarser one instead of extending them. Another grid has the centre and the area of the square,
+    and the same step in both directions: the coordinates of what an image shows depend on its scale and on the
+    distance from the centre, not on the ratio of the sides.
 
     Args:
-        height: Number of rows of patches.
-        width: Number of columns of patches.
-        dim: Channels, divisible by 4; the first half encodes the column, the second half the row.
-        extent: Length of a side in coordinates; the published models use the number of patches per side at training.
+        height: Number of rows.
+        width: Number of columns.
+        extent: Length of the side of a square in coordinates; the published models use its number of patches at
+            training.
+        stretched: Whether both sides of any grid span [0, `extent`), with a step that differs between them.
 
     Returns:
-        (height · width, dim) float32 on the CPU, in row-major order.
+        (height,) and (width,) float64 on the CPU.
 
-    Source: DiT; the common coordinate range from PixArt-α and Berrada et al., 2024.
+    Source: the common range from PixArt-α and Berrada et al., 2024; `stretched` from PixArt-α; the common centre and
+    step of other grids are our choice.
     """
-    row = torch.arange(height, dtype=torch.float64) * (extent / height)
-    column = torch.arange(width, dtype=torch.float64) * (extent / width)
-    row, column = torch.meshgrid(row, column, indexing="ij")
-    return torch.cat([_sincos(column.flatten(), dim // 2), _sincos(row.flatten(), dim // 2)], dim=1).float()
+    row, column = (torch.arange(number, dtype=torch.float64) for number in (height, width))
+    if stretched:
+        return row * (extent / height), column * (extent / width)
+    side = math.sqrt(height * width)  # patches per side of the square with as many patches; exact for a square
+    return (row + (side - height) / 2) * (extent / side), (column + (side - width) / 2) * (extent / side)
+
+
+def sincos_embedding(
+    row: torch.Tensor, column: torch.Tensor, dim: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Fixed position embeddings of all pairs of a row and a column.
+
+    Args:
+        row: (height,) float64 coordinates.
+        column: (width,) float64 coordinates.
+        dim: Channels, divisible by 4; the first half encodes the column, the second half the row.
+        device: Device of the result, which may have no float64; default: the CPU.
+
+    Returns:
+        (height · width, dim) float32, in row-major order.
+
+    Source: DiT.
+    """
+    row, column = (_sincos(axis, dim // 2).float().to(device, non_blocking=True) for axis in (row, column))
+    shape = (len(row), len(column), dim // 2)
+    return torch.cat([column.expand(shape), row[:, None].expand(shape)], dim=-1).flatten(0, 1)
+
+
+def sincos_grid(
+    height: int,
+    width: int,
+    dim: int,
+    extent: float,
+    stretched: bool = False,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Fixed position embeddings (height · width, dim) float32 of a grid of patches, in row-major order.
+
+    The arguments are those of `patch_coordinates` and `sincos_embedding`.
+    """
+    return sincos_embedding(*patch_coordinates(height, width, extent, stretched), dim, device)
+
+
+def sincos_beyond(
+    height: int, width: int, dim: int, extent: float, device: torch.device | None = None
+) -> torch.Tensor:
+    """What `sincos_grid` (height · width, dim) has in addition to the nearest patch of a square with as many patches.
+
+    It is zero for every patch within the square.
+    """
+    row, column = patch_coordinates(height, width, extent)
+    side = math.sqrt(height * width)
+    last = (side - 1) * (extent / side)  # coordinate of the last row and column of the square
+    inside = sincos_embedding(row.clamp(0, last), column.clamp(0, last), dim, device)
+    return sincos_embedding(row, column, dim, device) - inside
 
 
 def _sincos(position: torch.Tensor, dim: int) -> torch.Tensor:
@@ -64,7 +122,7 @@ def centre_crop(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def interpolate_grid(
     table: torch.Tensor, from_size: tuple[int, int], to_size: tuple[int, int], **kwargs
 ) -> torch.Tensor:
-    """A learned table of positions on a grid, interpolated to another grid.
+    """A learned table of positions on a grid, interpolated to another grid that spans the same range on each side.
 
     Args:
         table: (height · width, channels), in row-major order.
@@ -79,6 +137,37 @@ def interpolate_grid(
     """
     grid = table.view(1, *from_size, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid.float(), to_size, mode="bicubic", **kwargs).to(table.dtype)
+    return grid.permute(0, 2, 3, 1).reshape(to_size[0] * to_size[1], -1)
+
+
+def resample_grid(
+    table: torch.Tensor, to_size: tuple[int, int], span: float, align_corners: bool = False
+) -> torch.Tensor:
+    """A learned table of a square grid, interpolated to a grid with the same centre and one step in both directions.
+
+    Beyond the table, the values of its border repeat.
+
+    Args:
+        table: (side², channels), in row-major order.
+        to_size: (height, width) of the result.
+        span: Number of the result's steps that the table spans; it may be a fraction.
+        align_corners: Whether the table spans the centres of its outer cells, or the cells as a whole.
+
+    Returns:
+        (height · width, channels); for a square the same as `interpolate_grid`.
+
+    Source: our choice.
+    """
+    side = math.isqrt(len(table))
+    if to_size[0] == to_size[1]:
+        return interpolate_grid(table, (side, side), to_size, align_corners=align_corners)
+    # from -1 to 1 across the table; the distance between two neighbours is 2 / span
+    row, column = (
+        (2 * torch.arange(number, dtype=torch.float32, device=table.device) + 1 - number) / span for number in to_size
+    )
+    places = torch.stack([column.expand(to_size), row[:, None].expand(to_size)], dim=-1)[None]
+    grid = table.view(1, side, side, -1).permute(0, 3, 1, 2).float()
+    grid = nn.functional.grid_sample(grid, places, "bicubic", "border", align_corners).to(table.dtype)
     return grid.permute(0, 2, 3, 1).reshape(to_size[0] * to_size[1], -1)
 
 
@@ -106,11 +195,12 @@ class RelativePositionBias(nn.Module):
     def interpolated(self, grid: tuple[int, int]) -> torch.Tensor:
         """The biases ((2 rows − 1) · (2 columns − 1), heads) for the offsets in a grid of another size.
 
-        The largest offsets of both grids are aligned; so the step between offsets shrinks by slightly less than the
-        number of patches per side grows.
+        The largest offsets of square grids are aligned; so the step between offsets shrinks by slightly less than the
+        number of patches per side grows. A grid that is not square has the step of the square with as many patches.
         """
-        trained, asked = 2 * self.side - 1, tuple(2 * side - 1 for side in grid)
-        return interpolate_grid(self.table[: trained**2], (trained, trained), asked, align_corners=True)
+        asked = tuple(2 * side - 1 for side in grid)
+        span = 2 * (math.sqrt(grid[0] * grid[1]) - 1)
+        return resample_grid(self.table[: (2 * self.side - 1) ** 2], asked, span, align_corners=True)
 
     def resized(self, side: int) -> torch.Tensor:
         """The table for a grid of `side` patches per side."""

@@ -271,6 +271,8 @@ class PositionTable:
     Source: Stable Diffusion 3.
     """
 
+    stretches_positions = False  # patches of the table have the same step in both directions
+
     def register_positions(self):
         """Register the position embeddings of the table, if there is one, or of the configured latent size."""
         self.table_size = self.published.position_table_size

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import text_positions
+from improved_ldm.conditioning.values import MAX_SIDE, read_integer, read_size
 from improved_ldm.diffusion.fitting import trained_objective
 
 ATTRIBUTE = "sampling_settings"  # of a denoiser that has been in a pipeline
@@ -28,6 +29,7 @@ DEFAULTS = {
     "text_noise_scale": 0.02,
     "max_text_tokens": 77,
     "default_original_size": None,
+    "default_size": None,
     "default_guidance_scale": 5.0,
     "default_num_inference_steps": 50,
     "class_names": None,
@@ -74,6 +76,9 @@ def sampling_settings(
     settings = {**DEFAULTS, **before}
     settings |= {name: value for name, value in given.items() if value is not AS_BEFORE}
     settings["guidance_options"] = GuidanceOptions.plain(settings["guidance_options"])
+    if settings["default_size"] is not None:
+        height, width = read_size("default_size", settings["default_size"])
+        settings["default_size"] = [read_integer("default_size", side, 1, MAX_SIDE) for side in (height, width)]
     if denoiser is not None:
         check_channels(settings["guidance_options"], denoiser.config.in_channels)
     check_objective(settings["objective"], before.get("objective"))

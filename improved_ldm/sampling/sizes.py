@@ -11,14 +11,15 @@ class SizesMixin:
     """The part of the pipeline that reads sizes and control arguments."""
 
     @property
-    def default_size(self) -> int:
-        """Pixels per side that the denoiser was trained at."""
-        return self.denoiser.config.sample_size * self.vae_scale_factor
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the denoiser was trained at."""
+        side = self.denoiser.config.sample_size * self.vae_scale_factor
+        return tuple(self.config.default_size or (side, side))
 
     @property
     def default_original_side(self) -> int:
         """Default of the original image's shorter side, in pixels, for samples of the default size."""
-        return self._original_side(self.default_size, self.default_size)
+        return self._original_side(*self.default_size)
 
     def _original_side(self, height: int, width: int) -> int:
         return self.config.default_original_size or min(height, width)
@@ -36,8 +37,9 @@ class SizesMixin:
         """
         multiple = self.vae_scale_factor * self.denoiser.patch_size
         sides = []
-        for name, value in (("height", height), ("width", width)):
-            pixels = self.default_size if value is None else plain(value)
+        for name, given, default in zip(("height", "width"), (height, width), self.default_size, strict=True):
+            value = default if given is None else given
+            pixels = plain(value)
             if type(pixels) is not int or pixels <= 0 or pixels % multiple:
                 refuse(name, value, f"a positive multiple of {multiple} pixels")
             sides.append(read_integer(name, pixels, 1, MAX_SIDE))

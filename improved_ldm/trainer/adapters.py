@@ -14,6 +14,7 @@ from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.naming import loading
 from improved_ldm.open_pipeline import open_pipeline
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.resolution import resolution_of
 from improved_ldm.trainer.config import AdapterRunConfig, LoraConfig
 
 # section and key of the settings that only the scheduler of a base has
@@ -85,7 +86,7 @@ def fill_from_base(config: AdapterRunConfig, pipeline: ImprovedLDMPipeline) -> A
             raise ValueError(f"`{section}.{key}` is given, but the base's scheduler decides it.")
     decided = {
         "data": {"num_classes": None if pipeline.takes_text else pipeline.denoiser.config.num_classes},
-        "transform": {"resolution": pipeline.default_size},
+        "transform": {"resolution": resolution_of(*pipeline.default_size)},
         "autoencoder": _place(config.base, "vae"),
         "text": {
             "max_tokens": settings.max_text_tokens,

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
-from improved_ldm.data.tally import skipped_rows
+from improved_ldm.data.tally import given_by_source, skipped_rows
 from improved_ldm.manifest import MANIFEST, find_damage, has_manifest, is_intact, write_manifest
 from improved_ldm.output import writing
 from improved_ldm.provenance import write_json, write_text
@@ -261,11 +261,20 @@ def left_by_processes(folder: Path) -> int | None:
 
 def skipped_rows_of_run(folder: Path) -> dict[str, int]:
     """Rows of the training set that a run skipped, by reason, over all ranks, as counted in its newest checkpoint."""
+    return skipped_rows(_data_states(folder))
+
+
+def images_by_source(folder: Path, num_sources: int) -> list[int]:
+    """Number of images that a run has seen from each of its sets, over all ranks, as its newest checkpoint counts."""
+    given = given_by_source(_data_states(folder))
+    return [given[number] for number in range(num_sources)]
+
+
+def _data_states(folder: Path) -> list[dict[str, Any]]:
+    """The states of all ranks' loaders in the newest checkpoint of a run; none if there is no checkpoint."""
     steps = checkpoint_steps(folder / "checkpoints")
-    if not steps:
-        return {}
-    files = sorted(checkpoint_path(folder / "checkpoints", steps[-1]).glob("data-rank*.json"))
-    return skipped_rows([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    files = sorted(checkpoint_path(folder / "checkpoints", steps[-1]).glob("data-rank*.json")) if steps else ()
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def write_config(values: dict[str, Any], file: Path):

@@ -25,9 +25,10 @@ from improved_ldm.conditioning.text import text_positions
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.diffusion.objectives import Objective, make_objective
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.models.family import check_options, denoiser_class, make_denoiser
+from improved_ldm.models.family import check_options, denoiser_class, make_denoiser, preset
 from improved_ldm.naming import loading
 from improved_ldm.places import resolve
+from improved_ldm.resolution import latent_side, sides_of, size_text
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,13 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
     """
     factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
     if config.denoiser.pretrained is not None:
-        side = config.transform.resolution // factor
-        denoiser = _load_denoiser(config.denoiser, sample_size=side, in_channels=latent_channels, **conditions)
+        denoiser = _load_denoiser(config, factor, in_channels=latent_channels, **conditions)
         _check_variance(config, denoiser)
         return denoiser
+    options = check_options(config.denoiser.name, config.denoiser.options)
+    patch_size = {**preset(config.denoiser.name, config.denoiser.size), **options}.get("patch_size", 1)
     arguments = {
-        "sample_size": config.transform.resolution // factor,
+        "sample_size": latent_side(config.transform.resolution, factor, patch_size),
         "in_channels": latent_channels,
         "out_channels": latent_channels * (2 if config.objective.learned_variance else 1),
         "conditioning": config.denoiser.conditioning,
@@ -114,7 +116,6 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         "control_route": config.denoiser.control_route,
         **conditions,
     }
-    options = check_options(config.denoiser.name, config.denoiser.options)
     has_qk_norm = "qk_norm" in inspect.signature(denoiser_class(config.denoiser.name)).parameters
     if has_qk_norm and config.denoiser.conditioning == "disentangled":
         options.setdefault("qk_norm", True)
@@ -139,10 +140,11 @@ def _check_variance(config: RunConfig, denoiser: Denoiser):
 
 
 def check_resolution(config: RunConfig, multiple: int, what: str = "`transform.resolution`"):
-    """Raise a ValueError if a resolution does not divide into latent patches of `multiple` pixels."""
+    """Raise a ValueError if a side of the images does not divide into latent patches of `multiple` pixels."""
     resolution = config.transform.resolution
-    if resolution % multiple:
-        raise ValueError(f"{what} is {resolution}; it must be a multiple of {multiple} pixels.")
+    if any(side % multiple for side in sides_of(resolution)):
+        valid = "it must be a multiple" if isinstance(resolution, int) else "both sides must be multiples"
+        raise ValueError(f"{what} is {size_text(resolution)}; {valid} of {multiple} pixels.")
 
 
 def build_objective(config: RunConfig) -> Objective:
@@ -167,19 +169,21 @@ def build_objective(config: RunConfig) -> Objective:
     return trained
 
 
-def _load_denoiser(config: DenoiserConfig, **needed: int | None) -> Denoiser:
+def _load_denoiser(config: RunConfig, latent_factor: int, **needed: int | None) -> Denoiser:
     """A trained or converted denoiser.
 
     Raises:
         ValueError: if its config differs from what the run needs.
     """
-    with loading("denoiser.pretrained", config.pretrained):
-        denoiser = AutoModel.from_pretrained(config.pretrained, subfolder=config.subfolder or "", use_safetensors=True)
-    needed["conditioning"] = config.conditioning
+    source = config.denoiser.pretrained
+    with loading("denoiser.pretrained", source):
+        denoiser = AutoModel.from_pretrained(source, subfolder=config.denoiser.subfolder or "", use_safetensors=True)
+    side = latent_side(config.transform.resolution, latent_factor, denoiser.patch_size)
+    needed = {"sample_size": side, **needed, "conditioning": config.denoiser.conditioning}
     for name, value in needed.items():
         if denoiser.config.get(name) != value:
             raise ValueError(
-                f"`{name}` of the denoiser in {config.pretrained} is {denoiser.config.get(name)!r}; the run needs "
+                f"`{name}` of the denoiser in {source} is {denoiser.config.get(name)!r}; the run needs "
                 f"{value!r}. `improved_ldm.transfer` moves a denoiser to another resolution or other conditions, "
                 f"`improved_ldm.convert.disentangle` converts it to the disentangled mode."
             )

@@ -8,12 +8,25 @@ from typing import Annotated, Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import Field, model_validator
 
-from improved_ldm.bounds import SHAREABLE, BatchSize, Classes, Count, Pixels, Place, Positive, Seed, Text, Width
+from improved_ldm.bounds import (
+    SHAREABLE,
+    BatchSize,
+    Classes,
+    Columns,
+    Count,
+    Place,
+    Positive,
+    Seed,
+    Sides,
+    Text,
+    Width,
+)
 from improved_ldm.data.transforms import CropPolicy
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.evaluation.obedience_config import ObedienceConfig
 from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_keys
+from improved_ldm.resolution import size_text
 from improved_ldm.sampling.steps import set_steps
 from improved_ldm.settings import Section
 from improved_ldm.trainer.data_sections import DataConfig, SourceConfig, TransformConfig
@@ -161,8 +174,8 @@ class AdapterRunConfig(SharedConfig):
 class StageConfig(Section):
     """One stage of a run; keys that it does not give are those of the run."""
 
-    resolution: Pixels
-    """Side length of training images, in pixels."""
+    resolution: Sides
+    """Side length of training images in pixels, or [height, width]."""
     steps: Count
     """Optimizer steps of the stage."""
     batch_size: BatchSize | None = None
@@ -181,8 +194,8 @@ class StageConfig(Section):
     """Configuration of a Hub dataset that has several."""
     image_column: Text | None = None
     """Column of the images."""
-    caption_column: Text | None = None
-    """Column of the captions, in a stage with text."""
+    caption_column: Columns | None = None
+    """Column or columns of the captions, in a stage with text."""
     label_column: Text | None = None
     """Column of the class labels, in a stage with classes."""
     num_classes: Classes | None = None
@@ -244,7 +257,10 @@ class RunConfig(SharedConfig):
         ignored = sorted(self._decided_by_stages() & given)
         if ignored:
             keys = ", ".join(f"`{key}`" for key in ignored)
-            stages = ", ".join(f"{{resolution: {stage.resolution}, steps: {stage.steps}}}" for stage in self.stages)
+            stages = ", ".join(
+                f"{{resolution: {stage['resolution']}, steps: {stage['steps']}}}"
+                for stage in self.model_dump(mode="json")["stages"]
+            )
             raise ValueError(
                 f"{keys} would be ignored, because `stages` decide instead. Change the stages, as in --stages "
                 f'"[{stages}]", or train without stages: --stages "[]".'
@@ -302,7 +318,7 @@ class RunConfig(SharedConfig):
     def of_stage(self, number: int) -> "RunConfig":
         """The configuration of a stage, counted from 0; the last one uses the run's own folder."""
         stage, last = self.stages[number], number == len(self.stages) - 1
-        folder = Path(self.output_dir) / f"stage-{number + 1}-{stage.resolution}"
+        folder = Path(self.output_dir) / f"stage-{number + 1}-{size_text(stage.resolution)}"
         values = self.model_dump() | {"output_dir": self.output_dir if last else folder.as_posix(), "stages": ()}
         if stage.source is not None:
             values["data"]["sources"] = ()

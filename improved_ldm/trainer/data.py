@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from improved_ldm.data.buckets import Buckets, default_step
 from improved_ldm.data.filters import RowFilter
@@ -11,7 +12,7 @@ from improved_ldm.data.sources import Rows, RowStream, open_rows
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import shareable_place
 from improved_ldm.trainer.config import DataConfig
-from improved_ldm.trainer.data_sections import TransformConfig
+from improved_ldm.trainer.data_sections import SourceConfig, TransformConfig
 
 SURVEYED_ROWS = 256
 
@@ -37,16 +38,29 @@ def open_data(config: DataConfig, takes_text: bool) -> Mixture:
     """
     sources = []
     for number, source in enumerate(config.each_source()):
-        columns = {"caption_column": source.caption_column, "label_column": None}
-        if not takes_text:
-            columns = {"caption_column": None, "label_column": source.label_column, "num_classes": config.num_classes}
+        columns = (
+            _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
+        )
         prefix = f"data.sources[{number}]" if config.sources else "data"
         with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in DATA_KEYS.items()}):
             rows = open_rows(source.source, source.split, source.name, source.image_column, **columns)
+            rows = replace(rows, label_column=None) if takes_text else rows
         used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)
         rows = replace(rows, row_filter=used, caption_prefix=source.caption_prefix or "")
         sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
-    return Mixture.join(tuple(sources))
+    with naming_keys(num_classes="data.num_classes"):
+        return Mixture.join(tuple(sources), None if takes_text else config.num_classes)
+
+
+def _text_columns(source: SourceConfig) -> dict[str, Any]:
+    """The arguments of `open_rows` for captions."""
+    template = source.caption_template
+    return {
+        "caption_column": source.caption_column,
+        "caption_weights": source.caption_weights,
+        "caption_template": template,
+        "label_column": source.label_column if template else None,
+    }
 
 
 def survey(mixture: Mixture) -> Survey:

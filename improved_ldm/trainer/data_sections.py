@@ -5,7 +5,21 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from improved_ldm.bounds import Aspect, Classes, Pixels, Place, Positive, Probability, Share, Text, Window, Workers
+from improved_ldm.bounds import (
+    Aspect,
+    Classes,
+    Columns,
+    Pixels,
+    Place,
+    Positive,
+    Probability,
+    Share,
+    Sides,
+    Text,
+    Window,
+    Workers,
+)
+from improved_ldm.data.captions import check_captions
 from improved_ldm.data.transforms import CropPolicy, CropPosition
 from improved_ldm.settings import Section
 
@@ -47,8 +61,12 @@ class SourceConfig(RowsConfig):
     """Configuration of a Hub dataset that has several."""
     image_column: Text | None = None
     """Column of the images."""
-    caption_column: Text | None = None
-    """Column of the captions."""
+    caption_column: Columns | None = None
+    """Column of the captions, or several, of which one is drawn for each image in each epoch."""
+    caption_weights: tuple[Positive, ...] | None = None
+    """Weight of each column of captions in the draw."""
+    caption_template: Text | None = None
+    """Caption of images without another, from the name of their class: `a photo of a {label}`."""
     label_column: Text | None = None
     """Column of the class labels."""
 
@@ -66,10 +84,14 @@ class DataConfig(RowsConfig):
     """Configuration of a Hub dataset that has several."""
     image_column: Text = "image"
     """Column of the images."""
-    caption_column: Text = "text"
-    """Column of the captions."""
+    caption_column: Columns = "text"
+    """Column of the captions, or several, of which one is drawn for each image in each epoch."""
+    caption_weights: tuple[Positive, ...] | None = None
+    """Weight of each column of captions in the draw; default: equal."""
+    caption_template: Text | None = None
+    """Caption of images without another, from the name of their class: `a photo of a {label}`."""
     label_column: Text = "label"
-    """Column of the class labels, for class-conditional training."""
+    """Column of the class labels, for class-conditional training and `caption_template`."""
     num_classes: Classes | None = None
     """Number of classes; needed if the set does not name its classes."""
     shuffle_window: Window = 1024
@@ -85,6 +107,12 @@ class DataConfig(RowsConfig):
             raise ValueError(f"`source` is {self.source!r}, but `sources` are given too; give one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _has_captions(self):
+        for source in self.each_source():
+            check_captions(source.caption_column, source.caption_weights, source.caption_template)
+        return self
+
     @property
     def places(self) -> tuple[str, ...]:
         """The sets, as the user names them."""
@@ -95,15 +123,19 @@ class DataConfig(RowsConfig):
         shared = self.model_dump(include=SourceConfig.model_fields.keys() - {"weight"})
         if not self.sources:
             return [SourceConfig(**shared)]
-        given = (source.model_dump(exclude_none=True) for source in self.sources)
-        return [SourceConfig(**{**shared, **source}) for source in given]
+        given = [source.model_dump(exclude_none=True) for source in self.sources]
+        own_columns = {"caption_weights": None}  # weights of other columns than those of the source
+        return [
+            SourceConfig(**{**shared, **(own_columns if "caption_column" in source else {}), **source})
+            for source in given
+        ]
 
 
 class TransformConfig(Section):
-    """How an image becomes a square sample; the fields are those of `ImageTransform`."""
+    """How an image becomes a sample; the fields are those of `ImageTransform`."""
 
-    resolution: Pixels = 256
-    """Side length of training images, in pixels."""
+    resolution: Sides = 256
+    """Side length of training images in pixels, or [height, width]."""
     crop_policy: CropPolicy = "resize_then_crop"
     """Scale, then crop; crop a box of varying size, then scale; or crop at the scale of a later stage."""
     crop_position: CropPosition = "random"
@@ -118,8 +150,8 @@ class TransformConfig(Section):
     """Probability that an image is scaled down before it is scaled up again."""
     min_original_size: Pixels | None = None
     """Smallest shorter side of an image that is scaled down, in pixels."""
-    target_scale: Pixels | None = None
-    """Side length of the samples of a later stage, in pixels; `crop_at_target_scale` crops at their scale."""
+    target_scale: Sides | None = None
+    """`resolution` of a later stage; `crop_at_target_scale` crops at its scale."""
     buckets: bool = False
     """Samples of several aspect ratios, all with the area of `resolution`; each image gets the nearest one."""
     bucket_step: Pixels | None = None

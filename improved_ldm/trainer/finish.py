@@ -17,7 +17,15 @@ from improved_ldm.hub.export import export_code
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
-from improved_ldm.trainer.checkpoints import CONFIG, HISTORY, kept_file, newest_whole, read_record, skipped_rows_of_run
+from improved_ldm.trainer.checkpoints import (
+    CONFIG,
+    HISTORY,
+    images_by_source,
+    kept_file,
+    newest_whole,
+    read_record,
+    skipped_rows_of_run,
+)
 from improved_ldm.trainer.grids import sample_control_grid, sample_grid
 from improved_ldm.trainer.reports import count_skipped, last_loss, plot_loss, read_history
 from improved_ldm.trainer.run import Run
@@ -49,6 +57,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
         "skipped_steps": count_skipped(history),
         **_images_seen(run),
         "skipped_rows": skipped_rows_of_run(folder),
+        **_images_by_source(run),
         "parameters": _trained_parameters(pipeline),
         "guidance_scale": pipeline.config.default_guidance_scale,
         "num_inference_steps": pipeline.config.default_num_inference_steps,
@@ -125,6 +134,17 @@ def _images_seen(run: Run) -> dict[str, Any]:
     stage = {"resolution": run.config.transform.resolution, "steps": step, "images_seen": images}
     stages = [*_earlier_stages(run.config.model_dump(mode="json").get("after")), stage]
     return {"images_seen": sum(stage["images_seen"] for stage in stages), "stages": stages}
+
+
+def _images_by_source(run: Run) -> dict[str, list[int]]:
+    """Number of images that the weights have seen from each set, if they are several; printed too."""
+    sources = run.config.data.sources
+    if not sources:
+        return {}
+    seen = images_by_source(run.folder, len(sources))
+    named = zip((shareable_place(source.source) for source in sources), seen, strict=True)
+    run.say("images seen by source: " + ", ".join(f"{name} {count:,}" for name, count in named))
+    return {"images_by_source": seen}
 
 
 def _earlier_stages(after: dict[str, Any] | None) -> list[dict[str, Any]]:

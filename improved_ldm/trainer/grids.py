@@ -13,6 +13,7 @@ from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.resolution import side_of
 from improved_ldm.trainer.adapters import set_trained
 
 matplotlib.use("Agg")
@@ -116,9 +117,9 @@ def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_la
         file: PNG file to write.
     """
     height, width = len(row_labels), len(columns)
-    figure, axes = pyplot.subplots(
-        height, width, figsize=(1.25 * width + 2.2, 1.2 * height + 0.5), squeeze=False, layout="constrained"
-    )
+    across, down = (side / side_of(columns[0][0].size) for side in columns[0][0].size)  # 1 for a square
+    figsize = (1.25 * across * width + 2.2, 1.2 * down * height + 0.5)
+    figure, axes = pyplot.subplots(height, width, figsize=figsize, squeeze=False, layout="constrained")
     for x, column in enumerate(columns):
         for y, image in enumerate(column):
             axes[y, x].imshow(image, interpolation="nearest")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from improved_ldm.bounds import Count, Pixels, Place
+from improved_ldm.bounds import Count, Place, Sides
 from improved_ldm.conditioning.guidance import rescaled_guidance_scale
 from improved_ldm.diffusion.objectives import Objective
 from improved_ldm.lineage import conditions_lines, lineage_record, read_lineage
@@ -18,6 +18,7 @@ from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_part
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import write_json
+from improved_ldm.resolution import latent_side, side_of, size_text
 from improved_ldm.settings import Section
 from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.checkpoints import (
@@ -51,7 +52,7 @@ class StageOrigin(Section):
     """Folder of the stage before."""
     steps: Count
     """Optimizer steps of the stage before."""
-    resolution: tuple[Pixels, Pixels]
+    resolution: tuple[Sides, Sides]
     """Resolutions of the stage before and of the stage, in pixels."""
     condition: tuple[Condition, Condition] | None = None
     """Kinds of condition of the stage before and of the stage, if they differ."""
@@ -142,7 +143,7 @@ def _listed_stages(config: RunConfig, condition: Condition) -> list[Stage]:
         previous, now = stages[-1].config, config.of_stage(number)
         sizes, guidance_scale = (previous.transform.resolution, switch.resolution), previous.sampling.guidance_scale
         if switch.guidance == "rescale":
-            guidance_scale = rescaled_guidance_scale(guidance_scale, *sizes)
+            guidance_scale = rescaled_guidance_scale(guidance_scale, *map(side_of, sizes))
         origin = StageOrigin(
             source=previous.output_dir,
             steps=previous.training.steps,
@@ -169,7 +170,7 @@ def _check_list(config: RunConfig, condition: Condition, stages: list[Stage]):
     begun = [stage.folder for stage in before if stage.has_begun]
     if begun != [stage.folder for stage in stages[: len(begun)]]:
         was, now = (
-            f"{len(part)} at {', '.join(str(stage.config.transform.resolution) for stage in part)} pixels"
+            f"{len(part)} at {', '.join(size_text(stage.config.transform.resolution) for stage in part)} pixels"
             for part in (before, stages)
         )
         raise ValueError(
@@ -212,14 +213,15 @@ def check_stages(stages: Sequence[Stage], denoiser: Denoiser, factor: int):
         check_buckets(stage.config.transform, factor * denoiser.patch_size)
         check_resolution(stage.config, factor * denoiser.patch_size, "`resolution` of a stage")
         if stage.switch is not None:
-            denoiser.resized_positions(stage.config.transform.resolution // factor, stage.switch.positions)
+            side = latent_side(stage.config.transform.resolution, factor, denoiser.patch_size)
+            denoiser.resized_positions(side, stage.switch.positions)
         if stage.conditions is not None:
             with naming_part(stage.name):
                 stage.conditions.check(denoiser)
 
 
 def iterate_stages(
-    stages: Sequence[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig
+    stages: Sequence[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig, factor: int
 ) -> Iterator[tuple[Stage, Run, Start]]:
     """Start the stages one after the other; finished ones are skipped, except the last.
 
@@ -229,12 +231,13 @@ def iterate_stages(
         denoiser: denoiser that the first stage starts from.
         objective: objective of the first stage.
         config: configuration of the whole run, which is saved in its folder.
+        factor: side of a latent pixel, in pixels.
     """
     staged, lineage = bool(config.stages), stages[0].lineage
     if staged:
         on_main_process(lambda: lock_folder(Path(config.output_dir), run.say))
     for stage, following in zip(stages, (*stages[1:], None), strict=True):
-        start = begin_stage(stage, denoiser, objective)
+        start = begin_stage(stage, denoiser, objective, factor)
         denoiser, objective = start.denoiser, start.objective
         if stage.switch is not None:
             lineage = (*lineage, stage.lineage[-1] | start.changes)
@@ -243,7 +246,8 @@ def iterate_stages(
             run.say(f"{stage.name} is finished")
             continue
         if staged:
-            run.say(f"{stage.name}: {stage.config.transform.resolution} pixels, {stage.config.training.steps} steps")
+            size = size_text(stage.config.transform.resolution)
+            run.say(f"{stage.name}: {size} pixels, {stage.config.training.steps} steps")
         if stage.switch is not None:
             run = start_run(stage.config)
         if staged and run.accelerator.is_main_process:
@@ -259,7 +263,7 @@ def _record_changes(stage: Stage, run: Run, start: Start):
         write_json(stage.folder / SWITCH, start.changes)
 
 
-def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start:
+def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: int) -> Start:
     """What a stage starts from: what is given in the first stage, otherwise the end of the stage before.
 
     The weights are read from the last checkpoint of the stage before, so that a resumed run starts a stage like an
@@ -269,6 +273,7 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start
         stage: stage to start.
         denoiser: denoiser of the stage before; only its configuration is used.
         objective: objective of the stage before.
+        factor: side of a latent pixel, in pixels.
 
     Raises:
         FileNotFoundError: if the stage before has no checkpoint.
@@ -278,10 +283,10 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective) -> Start
         return Start(denoiser, objective)
     old, new = stage.previous.transform.resolution, stage.config.transform.resolution
     if stage.switch.noise == "rescale":
-        objective = objective.rescaled(old, new)
+        objective = objective.rescaled(side_of(old), side_of(new))
 
     def moved(model: Denoiser) -> tuple[Denoiser, ConditionChanges | None]:
-        factor, changes = old // model.config.sample_size, None
+        changes = None
         if stage.conditions is not None:
             model, changes = stage.conditions.apply(model)
         return transfer(model, new, stage.switch.positions, stage.switch.noise, factor), changes

@@ -7,6 +7,7 @@ from improved_ldm.autoencoder import spatial_factor
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.naming import naming_part
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.resolution import default_size_of
 from improved_ldm.trainer.batches import open_batches
 from improved_ldm.trainer.checks import check_models
 from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
@@ -44,10 +45,11 @@ def train_stages(config: RunConfig, condition: Condition):
     denoiser = build_denoiser(stages[0].config, vae, **semantics[0].conditions(encoders[0]))
     switches = list_switches(semantics, encoders, config.seed)
     stages = [replace(stage, conditions=switch) for stage, switch in zip(stages, switches, strict=True)]
-    check_stages(stages, denoiser, spatial_factor(vae))
+    factor = spatial_factor(vae)
+    check_stages(stages, denoiser, factor)
 
     # The training: one stage after the other, each in the loop that all scripts share.
-    for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config):
+    for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config, factor):
         look, semantic = looks[stage.number], semantics[stage.number]
         encoder = use_encoder(encoders, stage.number, vae.device)
         pipeline = ImprovedLDMPipeline(
@@ -55,6 +57,7 @@ def train_stages(config: RunConfig, condition: Condition):
             start.objective.sampling_scheduler(config.sampling.sampler, config.sampling.timestep_spacing),
             **semantic.pipeline_parts(encoder),
             default_original_size=look.original_side,
+            default_size=default_size_of(stage.config.transform.resolution),
             default_guidance_scale=stage.config.sampling.guidance_scale,
             default_num_inference_steps=config.sampling.num_inference_steps,
             guidance_options=config.sampling.guidance_options or None,

@@ -11,6 +11,15 @@ from improved_ldm.lineage import lineage_record
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.pipeline import ImprovedLDMPipeline
+from improved_ldm.resolution import (
+    Resolution,
+    default_size_of,
+    latent_side,
+    resolution_of,
+    side_of,
+    sides_of,
+    size_text,
+)
 
 NoiseTransfer = Literal["rescale", "keep"]
 GuidanceTransfer = Literal["rescale", "keep"]
@@ -20,7 +29,7 @@ Model = TypeVar("Model", Denoiser, ImprovedLDMPipeline)
 @torch.no_grad()
 def transfer(
     model: Model,
-    resolution: int = 512,
+    resolution: Resolution = 512,
     positions: PositionTransfer = "resample",
     noise: NoiseTransfer = "rescale",
     latent_factor: int = 8,
@@ -32,7 +41,8 @@ def transfer(
 
     Args:
         model: A pipeline, or only a denoiser, which has no noise schedule of its own.
-        resolution: Pixels per side.
+        resolution: Pixels per side, or (height, width). The side of the square with as many pixels decides positions,
+            noise and guidance.
         positions: `resample`, `interpolate`, `extrapolate` or `keep`, see `Denoiser.resized`.
         noise: `rescale` keeps the uncertainty at each timestep, `keep` keeps the schedule.
         latent_factor: Image pixels per latent pixel along one side, if `model` is a denoiser; a pipeline has its own.
@@ -55,31 +65,35 @@ def transfer(
     if isinstance(model, Denoiser):
         return model.resized(_sample_size(model, resolution, latent_factor), positions)
 
+    old, new = (resolution_of(*size) for size in (model.default_size, sides_of(resolution)))
     denoiser = model.denoiser.resized(_sample_size(model.denoiser, resolution, model.vae_scale_factor), positions)
     scheduler, components, config = model.scheduler, dict(model.components), dict(model.config)
+    config["default_size"] = default_size_of(new)
     if noise == "rescale":
-        scheduler = rescale_scheduler(scheduler, model.default_size, resolution)
+        scheduler = rescale_scheduler(scheduler, side_of(old), side_of(new))
         config["objective"] = trained_objective(scheduler)
     if guidance == "rescale":
         scale = config["default_guidance_scale"]
-        config["default_guidance_scale"] = rescaled_guidance_scale(scale, model.default_size, resolution)
-    if resolution != model.default_size:
-        change = resolution_change(model.default_size, resolution, positions, noise, guidance)
+        config["default_guidance_scale"] = rescaled_guidance_scale(scale, side_of(old), side_of(new))
+    if old != new:
+        change = resolution_change(old, new, positions, noise, guidance)
         config["lineage"] = [*(model.config.lineage or []), lineage_record(model.name_or_path, **change)]
     settings = {name: config[name] for name in config.keys() - components.keys() if not name.startswith("_")}
     return type(model)(**{**components, "scheduler": scheduler, denoiser.component: denoiser, **settings})
 
 
 def resolution_change(
-    old: int, new: int, positions: PositionTransfer, noise: NoiseTransfer, guidance: GuidanceTransfer
+    old: Resolution, new: Resolution, positions: PositionTransfer, noise: NoiseTransfer, guidance: GuidanceTransfer
 ) -> dict[str, Any]:
     """The lineage entry for a change of resolution in pixels; it has the guidance only if that is rescaled."""
-    change = {"resolution": [old, new], "positions": positions, "noise": noise}
+    sizes = [size if isinstance(size, int) else list(size) for size in (old, new)]
+    change = {"resolution": sizes, "positions": positions, "noise": noise}
     return change | {"guidance": guidance} if guidance == "rescale" else change
 
 
-def _sample_size(denoiser: Denoiser, resolution: int, latent_factor: int) -> int:
+def _sample_size(denoiser: Denoiser, resolution: Resolution, latent_factor: int) -> int:
     multiple = latent_factor * denoiser.patch_size
-    if resolution <= 0 or resolution % multiple:
-        raise ValueError(f"`resolution` is {resolution}; it must be a positive multiple of {multiple} pixels.")
-    return resolution // latent_factor
+    if any(side <= 0 or side % multiple for side in sides_of(resolution)):
+        wanted = f"a positive multiple of {multiple} pixels" + ", or two of them" * (not isinstance(resolution, int))
+        raise ValueError(f"`resolution` is {size_text(resolution)}; it must be {wanted}.")
+    return latent_side(resolution, latent_factor, denoiser.patch_size)

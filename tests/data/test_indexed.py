@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.filters import RowFilter
 from improved_ldm.data.indexed import IndexedSource, image_sizes, index_lines
-from improved_ldm.data.loader import given_by_source, make_loader, make_pass
+from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.mixture import Mixture, Source
 from improved_ldm.data.sources import CorruptImagesError, open_rows
-from improved_ldm.data.tally import skipped_rows
+from improved_ldm.data.tally import given_by_source, skipped_rows
 from improved_ldm.data.transforms import ImageTransform
 from tests.data.sets import encode, write_parquet, write_shard
 

@@ -65,8 +65,7 @@ BAD_SAMPLES = [
     ("number", [("png", None), ("json", b'{"caption": 7}')], "caption is not a string"),
     ("zero", [("png", None), ("json", b'{"caption": 0}')], "caption is not a string"),
     ("false", [("png", None), ("json", b'{"caption": false}')], "caption is not a string"),
-    ("list", [("png", None), ("json", b'{"caption": ["a"]}')], "caption is not a string"),
-    ("empty list", [("png", None), ("json", b'{"caption": []}')], "caption is not a string"),
+    ("list of other values", [("png", None), ("json", b'{"caption": ["a", 7]}')], "caption is not a string"),
     ("dict", [("png", None), ("json", b'{"caption": {"en": "a"}}')], "caption is not a string"),
     ("damaged image", [("png", b"no image"), ("json", GOOD_JSON)], "image cannot be decoded"),
     ("empty image", [("png", b""), ("json", GOOD_JSON)], "image cannot be decoded"),
@@ -151,7 +150,9 @@ def test_a_bad_label_costs_its_row_only(tmp_path, caplog, label, reason):
 
 def test_a_column_of_booleans_is_none_of_labels(tmp_path):
     file = write_column(tmp_path / "a.parquet", "label", [True] * ROWS)
-    with pytest.raises(ValueError, match="`label_column` is 'label'; it must hold integers, not bool"):
+    with pytest.raises(
+        ValueError, match="`label_column` is 'label'; it must hold integers or names of classes, not bool"
+    ):
         open_rows(file, label_column="label")
 
 
@@ -169,7 +170,7 @@ def test_a_label_in_a_file_of_its_own_is_an_integer(tmp_path, caplog, label):
     check_one_skipped(file, "label is not an integer", "sample 060", caplog, label_column="label")
 
 
-@pytest.mark.parametrize("label", ["1.5", "2.0", "true", '"3"', "[1]", "1e3"])
+@pytest.mark.parametrize("label", ["1.5", "2.0", "true", '"x"', "[1]", "1e3"])
 def test_a_label_is_an_integer(tmp_path, caplog, label):
     def members_of(i):
         return [("png", picture(i)), ("json", f'{{"caption": "x", "label": {label if i == BAD else 4}}}'.encode())]

@@ -121,7 +121,10 @@ def test_missing_column_names_the_columns_that_exist(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"label_column": "text"}, r"`label_column` is 'text'; it must hold integers, not str"),
+        (
+            {"label_column": "text"},
+            r"`label_column` is 'text'; it must hold integers or the names of classes; 64 of its 64 values",
+        ),
         ({"image_column": "text"}, r"`image_column` is 'text'; it must hold encoded images"),
         ({"caption_column": "label"}, r"`caption_column` is 'label'; it must hold strings"),
         ({"name": "small"}, r"`name` is 'small'"),

@@ -364,9 +364,17 @@ FIXED_POSITIONS = pytest.mark.parametrize("name", ["dit", "pixart", "mmdit"])  #
 
 
 @FIXED_POSITIONS
-@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 6), (8, 2)])
-def test_a_denser_grid_keeps_the_coordinates(tiny_denoiser, name, rows, columns):
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_denser_grid_keeps_the_coordinates(tiny_denoiser, name, factor):
     model = tiny_denoiser(name, num_classes=5)
+    dense = model.positions_for((2 * factor, 2 * factor)).view(2 * factor, 2 * factor, -1)
+    assert_close(dense[::factor, ::factor].flatten(0, 1), model.positions, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 6), (8, 2)])
+def test_a_published_grid_spans_the_coordinates_on_both_sides(tiny_denoiser, name, rows, columns):
+    model = tiny_denoiser(name, num_classes=5, conditioning="published")
     dense = model.positions_for((rows, columns)).view(rows, columns, -1)
     assert_close(dense[:: rows // 2, :: columns // 2].flatten(0, 1), model.positions, rtol=0, atol=1e-6)
 

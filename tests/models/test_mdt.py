@@ -211,5 +211,27 @@ def test_learned_positions_are_interpolated_for_other_grids(tiny_denoiser):
     assert other.shape == (15, 32)
     with torch.no_grad():
         model.decoder_positions[:] = torch.arange(32.0)
-    constant = model.fitted(model.decoder_positions, (3, 5))
-    assert_close(constant, torch.arange(32.0).expand(15, 32), rtol=1e-5, atol=1e-5)
+    square = model.fitted(model.decoder_positions, (5, 5))
+    assert_close(square, torch.arange(32.0).expand(25, 32), rtol=1e-5, atol=1e-5)
+    inside = model.fitted(model.decoder_positions, (2, 8)).view(2, 8, 32)[:, 2:6]
+    assert_close(inside, torch.arange(32.0).expand(2, 4, 32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (3, 5)])
+def test_no_two_patches_of_any_grid_have_one_position(tiny_denoiser, grid):
+    model = tiny_denoiser("mdt", sample_size=16)
+    positions = model.positions_for(grid)
+    assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 1e-2
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2)])
+def test_the_bias_of_an_offset_is_the_same_in_every_grid_of_an_area(tiny_denoiser, grid):
+    bias = tiny_denoiser("mdt", sample_size=8).side_block.position_bias  # 4 x 4 patches
+    rows, columns = grid
+    table = bias.interpolated(grid).view(2 * rows - 1, 2 * columns - 1, -1)
+    square = bias.table[:49].view(7, 7, -1)
+    down, across = min(rows, 4) - 1, min(columns, 4) - 1  # offsets that both grids have
+    shared = table[rows - 1 - down : rows + down, columns - 1 - across : columns + across]
+    assert_close(shared, square[3 - down : 4 + down, 3 - across : 4 + across], rtol=1e-4, atol=1e-5)
+    far = table[rows - 1, -1] if columns > rows else table[-1, columns - 1]
+    assert_close(far, square[3, -1] if columns > rows else square[-1, 3], rtol=1e-4, atol=1e-5)

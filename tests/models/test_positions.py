@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from improved_ldm.models.positions import centre_crop, interpolate_grid, sincos_grid
+from improved_ldm.models.positions import (
+    centre_crop,
+    interpolate_grid,
+    patch_coordinates,
+    resample_grid,
+    sincos_beyond,
+    sincos_embedding,
+    sincos_grid,
+)
 
 SIDE = st.integers(1, 12)
 
@@ -12,11 +20,40 @@ SIDE = st.integers(1, 12)
 FACTOR = st.integers(1, 4)
 
 
-@given(SIDE, SIDE, FACTOR, FACTOR, st.floats(0.5, 64))
-def test_a_denser_grid_holds_the_coarser_one(height, width, down, across, extent):
-    coarse = sincos_grid(height, width, 32, extent).view(height, width, 32)
-    dense = sincos_grid(down * height, across * width, 32, extent).view(down * height, across * width, 32)
-    assert_close(dense[::down, ::across], coarse, rtol=0, atol=1e-6)
+@given(SIDE, SIDE, FACTOR, st.floats(0.5, 64), st.booleans())
+def test_a_denser_grid_holds_the_coarser_one(height, width, factor, extent, stretched):
+    coarse = sincos_grid(height, width, 32, extent, stretched).view(height, width, 32)
+    rows, columns = factor * height, factor * width
+    dense = sincos_grid(rows, columns, 32, extent, stretched).view(rows, columns, 32)
+    assert_close(dense[::factor, ::factor], coarse, rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 64), st.sampled_from([4, 8, 32]), st.floats(0.5, 64))
+def test_a_square_spans_the_extent_exactly(side, dim, extent):
+    place = torch.arange(side, dtype=torch.float64) * (extent / side)
+    angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    line = torch.cat([angle.sin(), angle.cos()], dim=1).float()
+    grid = sincos_grid(side, side, dim, extent).view(side, side, dim)
+    assert torch.equal(grid[..., : dim // 2], line.expand(side, side, -1))
+    assert torch.equal(grid[..., dim // 2 :], line[:, None].expand(side, side, -1))
+    assert torch.equal(grid, sincos_grid(side, side, dim, extent, stretched=True).view(side, side, dim))
+
+
+@given(SIDE, SIDE, st.floats(0.5, 64))
+def test_every_grid_has_the_centre_and_the_area_of_the_square_and_one_step(height, width, extent):
+    row, column = patch_coordinates(height, width, extent)
+    step = extent / (height * width) ** 0.5
+    for place, number in ((row, height), (column, width)):
+        assert_close(place.diff(), torch.full((number - 1,), step, dtype=torch.float64))
+        assert place.mean() + step / 2 == pytest.approx(extent / 2)  # a coordinate is where its patch begins
+    assert (height * step) * (width * step) == pytest.approx(extent**2)
+
+
+@given(SIDE, SIDE, st.floats(0.5, 64))
+def test_a_transposed_grid_has_the_coordinates_of_the_other_axis(height, width, extent):
+    row, column = patch_coordinates(height, width, extent)
+    across, down = patch_coordinates(width, height, extent)
+    assert torch.equal(row, down) and torch.equal(column, across)
 
 
 @given(SIDE, SIDE)
@@ -29,10 +66,13 @@ def test_rows_come_one_after_the_other(height, width):
 
 
 @given(SIDE, SIDE, SIDE, st.floats(0.5, 64))
-def test_a_side_spans_the_extent_whatever_the_other_side_is(height, width, other, extent):
-    column, row = sincos_grid(height, width, 16, extent).view(height, width, 16).split(8, dim=-1)
-    assert_close(column, sincos_grid(other, width, 16, extent).view(other, width, 16)[:1, :, :8].expand_as(column))
-    assert_close(row, sincos_grid(height, other, 16, extent).view(height, other, 16)[:, :1, 8:].expand_as(row))
+def test_a_stretched_side_spans_the_extent_whatever_the_other_side_is(height, width, other, extent):
+    def grid(rows, columns):
+        return sincos_grid(rows, columns, 16, extent, stretched=True).view(rows, columns, 16)
+
+    column, row = grid(height, width).split(8, dim=-1)
+    assert_close(column, grid(other, width)[:1, :, :8].expand_as(column))
+    assert_close(row, grid(height, other)[:, :1, 8:].expand_as(row))
 
 
 def test_the_published_extent_gives_integer_coordinates():
@@ -114,3 +154,39 @@ def test_interpolation_keeps_rows_and_columns_apart():
     resized = interpolate_grid(table, (4, 6), (8, 3)).view(8, 3)
     assert_close(resized, resized[:, :1].expand_as(resized))
     assert (resized[1:, 0] - resized[:-1, 0]).min() > 0
+
+
+@given(SIDE, SIDE, ALIGNMENT)
+def test_a_table_is_resampled_to_a_square_as_it_is_interpolated(side, to, alignment):
+    table = torch.randn(side**2, 3)
+    expected = interpolate_grid(table, (side, side), (to, to), **alignment)
+    assert torch.equal(resample_grid(table, (to, to), to, **alignment), expected)
+
+
+@given(st.integers(2, 6), st.integers(1, 3))
+def test_a_resampled_table_has_one_step_and_its_own_centre(side, factor):
+    rows, columns = side * factor, 4 * side * factor  # twice as wide and half as high as the square
+    place = torch.arange(float(side))
+    table = torch.stack(torch.meshgrid(place, place, indexing="ij"), dim=-1).flatten(0, 1)
+    row, column = resample_grid(table, (rows, columns), 2 * side * factor).view(rows, columns, 2).unbind(-1)
+    assert_close(row, row[:, :1].expand_as(row))
+    assert_close(column, column[:1].expand_as(column))
+    assert_close(row + row.flip(0), torch.full_like(row, side - 1))
+    assert_close(column + column.flip(1), torch.full_like(column, side - 1))
+    ends = (columns - 2 * side * factor) // 2 - 2 * factor  # beyond the table, farther than the kernel reaches
+    if ends > 0:
+        assert_close(column[:, :ends], torch.zeros(rows, ends))
+
+
+def test_the_continuation_of_a_table_is_that_of_its_positions():
+    side, dim, grid = 8, 16, (4, 16)
+    beyond = sincos_beyond(*grid, dim, float(side))
+    continued = resample_grid(sincos_grid(side, side, dim, side), grid, side) + beyond
+    assert_close(continued, sincos_embedding(*patch_coordinates(*grid, side), dim), rtol=0, atol=1e-5)
+    inside = beyond.view(*grid, dim)[:, 4:12]
+    assert torch.equal(inside, torch.zeros_like(inside)) and beyond.abs().max() > 0.1
+
+
+@given(SIDE)
+def test_a_square_has_nothing_beyond_its_table(side):
+    assert torch.equal(sincos_beyond(side, side, 8, 3.7), torch.zeros(side**2, 8))

@@ -39,7 +39,7 @@ def test_a_run_in_two_stages_leaves_a_pipeline_of_each(arguments, tmp_path, name
     low, high = (
         DiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "run" / "stage-1-16", tmp_path / "run")
     )
-    assert (low.default_size, high.default_size) == (16, 32)
+    assert (low.default_size, high.default_size) == ((16, 16), (32, 32))
     assert low.config.lineage is None
     (step,) = high.config.lineage
     assert step["resolution"] == [16, 32] and step["steps"] == 4 and step["source"].endswith("stage-1-16")
@@ -138,7 +138,7 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     low = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-16").denoiser
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # otherwise, the stage would resume with its own
     objective = make_objective("epsilon")
-    start = begin_stage(stage, low, objective)
+    start = begin_stage(stage, low, objective, factor=4)
     assert start.denoiser.config.sample_size == 8 == 2 * low.config.sample_size
     if carried == "reset":
         assert start.averaged is None and start.optimizer_state is None
@@ -176,7 +176,7 @@ def test_the_guidance_of_a_stage_is_kept_or_rescaled_from_the_stage_before(argum
 def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
     load_script("train_class_conditional").main(staged(arguments))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
-    assert pipeline.default_size == 32 and len(pipeline.config.lineage) == 1
+    assert pipeline.default_size == (32, 32) and len(pipeline.config.lineage) == 1
 
 
 @pytest.mark.parametrize(

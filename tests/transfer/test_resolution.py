@@ -300,7 +300,7 @@ def test_a_pipeline_goes_on_at_another_resolution(class_pipeline, tmp_path, name
     old = class_pipeline(name=name)
     old.register_to_config(class_names=["boot", "coat", "bag"], default_original_size=64)
     new = transfer(old, 16)
-    assert (old.default_size, new.default_size) == (8, 16)
+    assert (old.default_size, new.default_size) == ((8, 8), (16, 16))
     record = {"source": old.name_or_path, "resolution": [8, 16], "positions": "resample", "noise": "rescale"}
     assert new.config.lineage == [record] and old.config.lineage is None
     assert new.vae is old.vae and new.config.class_names == ["boot", "coat", "bag"]
@@ -311,7 +311,7 @@ def test_a_pipeline_goes_on_at_another_resolution(class_pipeline, tmp_path, name
 
     new.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
-    assert type(loaded) is type(new) and loaded.default_size == 16
+    assert type(loaded) is type(new) and loaded.default_size == (16, 16)
     assert loaded.config.lineage == [record]
     exactly(loaded.denoiser.state_dict(), new.denoiser.state_dict())
     exactly(loaded.scheduler.alphas_cumprod, new.scheduler.alphas_cumprod)

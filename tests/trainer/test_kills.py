@@ -13,6 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.data.test_indexed import write_folder
 from tests.trainer.conftest import OPTIONS, load_script
 from tests.trainer.test_runs import launch
 
@@ -38,6 +39,12 @@ class Scenario:
 
 SAVING, IN_A_STEP = "checkpoints/unfinished-*/model.safetensors", "checkpoints/step-*[4-9]"
 STREAMED, CACHED = {"cache.passes": 0}, {"cache.passes": 1}
+MIXED = {
+    "data.sources": "[{source: %s, weight: 3}, {source: %s}]",
+    "transform.resolution": 32,
+    "transform.buckets": "true",
+    "transform.bucket_step": 8,
+}
 STAGES = "[{resolution: 16, steps: 5}, {resolution: 32, steps: %d, batch_size: 4}]"
 SCENARIOS = {
     "cached-saving": Scenario(SAVING, settings=CACHED),
@@ -53,6 +60,8 @@ SCENARIOS = {
     "lora-stepping": Scenario(IN_A_STEP, "train_lora", CACHED),
     "between-stages": Scenario("stage-1-16/metrics.json", settings=STREAMED | {"stages": STAGES}),
     "second-stage-saving": Scenario(SAVING, settings=STREAMED | {"stages": STAGES}),
+    "buckets-stepping": Scenario(IN_A_STEP, settings=STREAMED | MIXED),
+    "buckets-saving": Scenario(SAVING, settings=CACHED | MIXED | {"data.num_workers": 2}),
     "killed-twice": Scenario(IN_A_STEP, settings=STREAMED, kills=2),
 }
 
@@ -68,8 +77,14 @@ def base(images, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sets(images, tmp_path_factory) -> tuple[Path, Path]:
+    """A set of images of several sizes, and one of equal sizes."""
+    return write_folder(tmp_path_factory.mktemp("sizes") / "set", 37), images / "train.parquet"
+
+
 @pytest.fixture
-def argv(arguments, base) -> Callable[[Scenario, str, int], list[str]]:
+def argv(arguments, base, sets) -> Callable[[Scenario, str, int], list[str]]:
     """The arguments of a scenario's run with an output folder and a number of steps."""
 
     def make(scenario: Scenario, output: str, steps: int) -> list[str]:
@@ -77,6 +92,9 @@ def argv(arguments, base) -> Callable[[Scenario, str, int], list[str]]:
         if "stages" in settings:
             settings["stages"] %= settings.pop("training.steps")
         words = arguments(output, **settings)
+        if "data.sources" in settings:
+            given = f"--data.sources={settings['data.sources'] % sets}"
+            words = [given, *(word for word in words if not word.startswith("--data.source"))]
         if scenario.script == "train_lora":
             words = [word for word in words if not word.startswith(("--denoiser", "--sampling"))]
             words += [f"--base={base}", "--lora.rank=2"]

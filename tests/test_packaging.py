@@ -78,7 +78,7 @@ def test_the_wheel_names_its_scripts(installed, tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "improved-ldm train: the first argument must be one of evaluate, publish, train_autoencoder, "
+        "improved-ldm train: the first argument must be one of evaluate, look_at_data, publish, train_autoencoder, "
         "train_class_conditional, train_clip, train_judge, train_lora, train_t2i."
     )
 

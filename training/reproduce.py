@@ -25,6 +25,7 @@ from reproduction.curves import images_after_the_switch
 from reproduction.measures import Scorer
 from reproduction.report import build_record, write_report
 from reproduction.runs import measure_if_missing, train_if_missing
+from reproduction.shapes import draw_shapes
 from reproduction.summary import write_summary
 from reproduction.tables import SCALES, Table, load_tables
 
@@ -45,7 +46,7 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
     configs = {setting: table.run_config(setting, options.scale, further) for setting in settings}
     scorer = Scorer(configs[settings[0]], "cuda" if torch.cuda.is_available() else "cpu")
     output, values = options.output / options.scale, {setting: defaultdict(list) for setting in settings}
-    runs, parameters = [], {}
+    runs, parameters, folders = [], {}, {}
     calls = {setting: table.call(setting, config) for setting, config in configs.items()}
     for seed in options.seeds:
         for setting, config in configs.items():
@@ -56,6 +57,7 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
             print(f"{name}, seed {seed}, {setting}: {found}", flush=True)
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
             parameters[setting] = runs[-1]["parameters"]
+            folders.setdefault(setting, folder)  # of the first seed
             for measure, value in found.items():
                 values[setting][measure].append(value)
     about = {
@@ -71,7 +73,11 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         "calls": calls,
         **({"images": images_after_the_switch(folder)} if "curve" in table.measures else {}),
     }
-    write_report(build_record(table, values, about), options.results / name, options.scale)
+    results = options.results / name
+    if "touches_border" in table.measures:
+        about["picture"] = f"{options.scale}_shapes.png"
+        draw_shapes(folders, scorer.config, options.seeds[0], results / about["picture"], **scorer.sampling)
+    write_report(build_record(table, values, about), results, options.scale)
 
 
 def main(argv: list[str] | None = None):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.contact_sheet import CROP
 from improved_ldm.settings import ConfigError, parse_config
 from training import look_at_data
@@ -118,6 +119,34 @@ def test_folders_of_classes_need_no_condition(tmp_path):
     assert "3 rows looked at" in report and "tokens" not in report
     assert cells(report, "cat") == ["2"] and cells(report, "dog") == ["1"]
     assert tiles_on(sheet) == 3
+
+
+def test_buckets_have_their_own_lines(mixed, tmp_path):
+    keys = {"transform.buckets": "true", "transform.bucket_step": 8, "transform.crop_policy": "resize_then_crop"}
+    keys |= {"transform.min_crop": 1, "transform.reduce_probability": 0}
+    report, _ = look(tmp_path, **{"data.source": mixed, "look.rows": 0, **keys})
+    buckets = Buckets(32, 8)
+    sizes = [*SIZES, (64, 64), (32, 32)]
+    for number, (height, width) in enumerate(buckets.sizes):
+        count = int((buckets.nearest(sizes) == number).sum())
+        assert cells(report, f"{height} x {width}")[0] == str(count)
+    assert cells(report, "all ")[0] == "14"
+
+
+def test_rows_that_a_filter_leaves_out_are_counted(mixed, tmp_path):
+    report, sheet = look(tmp_path, **{"data.source": mixed, "look.rows": 0, "data.min_size": 30})
+    assert "16 rows looked at" in report
+    assert "1 row left out: shorter side below 30 pixels" in report
+    assert tiles_on(sheet) == 13
+
+
+def test_every_set_of_a_mixture_is_looked_at(mixed, tmp_path):
+    other = write_parquet(tmp_path / "other.parquet", [encoded((16, 16), 5)], ["other"])
+    keys = {"data.sources": f"[{{source: {mixed}}}, {{source: {other}, caption_prefix: 'a '}}]"}
+    arguments = [f"--{key}={value}" for key, value in (keys | {"look.output": tmp_path / "look"}).items()]
+    look_at_data.main(parse_config(look_at_data.Config, arguments))
+    for number, count in ((1, 14), (2, 1)):
+        assert tiles_on(tmp_path / "look" / f"source-{number}" / "contact_sheet.png") == count
 
 
 def test_every_stage_is_looked_at(mixed, tmp_path):

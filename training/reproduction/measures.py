@@ -8,17 +8,34 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.data.sources import open_rows
 from improved_ldm.evaluation.clip_score import ClipScorer, open_clip_scorer
-from improved_ldm.evaluation.features import open_features
-from improved_ldm.evaluation.obedience import NUM_REAL_IMAGES, load_real_images, reduced, sample_images, sized
+from improved_ldm.evaluation.features import FeatureNetwork, open_features
+from improved_ldm.evaluation.obedience import (
+    NUM_REAL_IMAGES,
+    RealImages,
+    load_real_images,
+    reduced,
+    sample_images,
+    sized,
+)
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
 from improved_ldm.evaluation.scores import RealFeatures, high_frequency_energy
 from improved_ldm.trainer.config import RunConfig
 from reproduction.bound import held_out_bound
 from reproduction.curves import pipelines_before_the_end
+from reproduction.shapes import (
+    SHAPES,
+    cut_away,
+    held_out_loss,
+    mean_aspect_error,
+    real_shapes,
+    sample_shapes,
+    share_touching,
+)
 
 CLIP = "embedded:clip"  # knows the captions of the embedded images; its text tower is also what the models read
 
@@ -32,10 +49,19 @@ class Scorer:
     """
 
     def __init__(self, config: RunConfig, device: torch.device):
-        rows = open_rows(config.data.source, "test", caption_column=config.data.caption_column, label_column="label")
-        self.real = load_real_images(rows, config.transform.resolution, NUM_REAL_IMAGES)
-        self.features = open_features(config.evaluation.judge, device)
         self.config, self.device = config, device
+
+    @cached_property
+    def real(self) -> RealImages:
+        """Test images with their captions and classes."""
+        data = self.config.data
+        rows = open_rows(data.source, "test", caption_column=data.caption_column, label_column="label")
+        return load_real_images(rows, self.config.transform.resolution, NUM_REAL_IMAGES)
+
+    @cached_property
+    def features(self) -> FeatureNetwork:
+        """Of images."""
+        return open_features(self.config.evaluation.judge, self.device)
 
     @cached_property
     def distance(self) -> PerceptualDistance:
@@ -48,9 +74,23 @@ class Scorer:
         return open_clip_scorer(CLIP, self.device)
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """Guidance and steps of the samples."""
+        return self.config.sampling.model_dump(include={"guidance_scale", "num_inference_steps"})
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What the measures depend on, beside the pipeline."""
-        sampling, numbers = self.config.sampling, self.config.evaluation
+        numbers = self.config.evaluation
+        if numbers.judge is None:  # the table compares no features
+            return {
+                "reference": f"test images of {self.config.data.source}",
+                "samples": len(SHAPES) * numbers.num_detail_samples,
+                "shapes": SHAPES,
+                "prompts": "captions of test images in turn",
+                "real": real_shapes(self.config),
+                **self.sampling,
+            }
         return {
             "features": {"name": self.features.name, "sha256": self.features.sha256},
             "clip": {"name": self.clip.name, "sha256": self.clip.sha256},
@@ -59,8 +99,7 @@ class Scorer:
             "samples_of_distances": numbers.num_detail_samples,
             "prompts": "captions, or classes, of test images, the classes in turn",
             "seeds": "of image i: the run's seed · samples + i",
-            "guidance_scale": sampling.guidance_scale,
-            "num_inference_steps": sampling.num_inference_steps,
+            **self.sampling,
         }
 
     @cached_property
@@ -70,9 +109,10 @@ class Scorer:
 
     def samples(self, pipeline: ImprovedLDMPipeline, call: dict[str, Any], seed: int) -> "TableSamples":
         """What a pipeline that was trained from a seed draws under further arguments of it."""
-        sampling = self.config.sampling.model_dump(include={"guidance_scale", "num_inference_steps"})
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in call.items()}
-        return TableSamples(self, pipeline, {**sampling, **values}, seed * self.config.evaluation.num_coverage_samples)
+        return TableSamples(
+            self, pipeline, {**self.sampling, **values}, seed * self.config.evaluation.num_coverage_samples
+        )
 
 
 @dataclass(frozen=True)
@@ -149,6 +189,30 @@ class TableSamples:
         full, half = (self.scorer.features(pixels).probabilities.argmax(1) for pixels in self._at_half_size)
         return (full == half).float().mean().item()
 
+    def cut_away(self) -> float:
+        """Share of the training images that is cut away."""
+        return cut_away(Path(self.pipeline.name_or_path))
+
+    def square_loss(self) -> float:
+        """Loss of test images as centred squares."""
+        return held_out_loss(self.pipeline, self.scorer.config, whole=False)
+
+    def whole_loss(self) -> float:
+        """Loss of nearly whole test images."""
+        return held_out_loss(self.pipeline, self.scorer.config, whole=True)
+
+    @cached_property
+    def _shapes(self) -> list[Image.Image]:
+        return sample_shapes(self.pipeline, self.scorer.config, self.first_seed, **self.call)
+
+    def aspect_error(self) -> float:
+        """How far drawings are from the aspect ratio of their canvas, in octaves."""
+        return mean_aspect_error(self._shapes)
+
+    def touches_border(self) -> float:
+        """Share of the samples whose drawing reaches a border."""
+        return share_touching(self._shapes)
+
     def detail(self) -> float:
         """High-frequency energy at half the original size, over that at the full one; low is what was asked for."""
         full, half = (high_frequency_energy(pixels).mean().item() for pixels in self._at_half_size)
@@ -186,5 +250,10 @@ MEASURES = {
     "size_distance": Measure("distance at half size", True, TableSamples.size_distance, SIDE),
     "content_distance": Measure("content moved at half size", True, TableSamples.content_distance, SIDE),
     "class_kept": Measure("class kept at half size", False, TableSamples.class_kept, SIDE),
+    "cut_away": Measure("share cut away in training", True, TableSamples.cut_away),
+    "square_loss": Measure("loss of square test crops", True, TableSamples.square_loss),
+    "whole_loss": Measure("loss of whole test images", True, TableSamples.whole_loss),
+    "aspect_error": Measure("aspect error of new shapes, octaves", True, TableSamples.aspect_error),
+    "touches_border": Measure("new shapes that touch a border", True, TableSamples.touches_border),
     "detail": Measure("detail left at half size", True, TableSamples.detail, SIDE),
 }

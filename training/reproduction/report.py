@@ -97,10 +97,12 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         "",
         f"![{record['title']}]({picture})",
         "",
+        *([f"![Samples of the same prompts and seeds]({record['picture']})", ""] if "picture" in record else []),
+        *_real(record),
         *_parameters(record),
-        f"Mean over {len(record['seeds'])} seeds and {record['interval']}. Features: "
-        f"`{record['measured_with']['features']['name']}`; reference: {record['measured_with']['reference']}; "
-        f"{record['measured_with']['samples']} samples per run, {_sampled(record)}. "
+        f"Mean over {len(record['seeds'])} seeds and {record['interval']}. {_features(record)}reference: "
+        f"{record['measured_with']['reference']}; {record['measured_with']['samples']} samples per run, "
+        f"{_sampled(record)}. "
         f"{record['device']}; {record['seconds_a_run']:.0f} seconds per run.",
         "",
         *([record["note"], ""] if "note" in record else []),
@@ -124,6 +126,18 @@ def _grids(columns: list[str], titles: list[str], cells: dict[str, list[str]]) -
         rows = {name: [cells.get(f"{name}, {column}", empty)[number] for column in columns] for name in names}
         lines += [f"{title}:", "", *_markdown_table(columns, rows)]
     return lines
+
+
+def _features(record: dict[str, Any]) -> str:
+    features = record["measured_with"].get("features")
+    return "Measured without features; " if features is None else f"Features: `{features['name']}`; "
+
+
+def _real(record: dict[str, Any]) -> list[str]:
+    """A line on what is measured of real images, where samples are compared with that."""
+    values = record["measured_with"].get("real", {}).items()
+    said = "; ".join(f"{MEASURES[name].title}: {value:.3g}" for name, value in values)
+    return [f"The same of whole test images: {said}.", ""] if said else []
 
 
 def _sampled(record: dict[str, Any]) -> str:

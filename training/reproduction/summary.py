@@ -48,6 +48,8 @@ def _mixed(records: dict[str, dict[str, Any]]) -> str:
     for name, scales in records.items():
         for scale, record in scales.items():
             measured = record["measured_with"]
+            if "features" not in measured:
+                continue
             what = f"{measured['samples']} samples; reference {measured['reference']}; {measured['features']['name']}"
             groups.setdefault(what, []).append(f"{name} ({scale})")
     if len(groups) < 2:

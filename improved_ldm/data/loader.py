@@ -19,6 +19,7 @@ from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.rows import Row, Rows
 from improved_ldm.data.stream import RowStream
 from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.resolution import side_of
 
 
 class RowBatches(Protocol):
@@ -176,7 +177,14 @@ def make_pass(
 
 def bucket_transforms(transform: ImageTransform, buckets: Buckets | None) -> list[ImageTransform]:
     """The transform of each bucket; one alone without buckets."""
-    return [transform] if buckets is None else [replace(transform, resolution=size) for size in buckets.sizes]
+    if buckets is None:
+        return [transform]
+    target = transform.target_scale
+    # rounding makes some buckets of the last stage larger than the square, which is the target
+    targets = [target and max(target, size, key=side_of) for size in buckets.sizes]
+    return [
+        replace(transform, resolution=size, target_scale=own) for size, own in zip(buckets.sizes, targets, strict=True)
+    ]
 
 
 def index_sources(mixture: Mixture, buckets: Buckets | None = None) -> list[IndexedSource] | None:

@@ -48,6 +48,16 @@ def test_a_sample_covers_its_bucket_and_loses_only_the_remainder(buckets, height
     assert min(shares) == pytest.approx(math.exp(-abs(ratio)), rel=1e-4)
 
 
+@given(buckets=buckets, factor=st.sampled_from([1, 2]))
+def test_buckets_are_cropped_at_the_scale_of_the_area_of_a_later_stage(buckets, factor):
+    target = factor * buckets.resolution
+    whole = ImageTransform(buckets.resolution, "crop_at_target_scale", target_scale=target)
+    for (height, width), transform in zip(buckets.sizes, bucket_transforms(whole, buckets), strict=True):
+        control = transform.sample_control((4 * height, 4 * width), Random(0))  # of the bucket's own ratio
+        share = min(1, math.sqrt(height * width) / target)
+        assert control.crop_size == pytest.approx((share * 4 * height, share * 4 * width), rel=1e-5)
+
+
 def test_images_beyond_the_limit_are_counted_and_go_to_the_ends():
     buckets = Buckets(64, 8, 2)
     sizes = [(10, 100), (100, 10), (10, 20), (20, 10), (7, 7)]

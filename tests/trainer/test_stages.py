@@ -23,6 +23,9 @@ from tests.trainer.test_runs import assert_same_weights, launch, wait_for
 STAGES = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, batch_size: 4, learning_rate: 5.0e-4}]"
 
 
+BUCKETS = {"transform.buckets": True, "transform.bucket_step": 8, "transform.max_aspect": 4}
+
+
 def denoiser_weights(folder):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     return pipeline.denoiser.state_dict()
@@ -209,7 +212,7 @@ def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
         ),
         (STAGES.replace("32,", "32, positions: extrapolate,"), {"denoiser.name": "mdt"}, "positions are learned"),
         (STAGES.replace("32,", "[32, 64], positions: interpolate,"), {}, "`positions` is 'interpolate'"),
-        (STAGES.replace("32,", "32, positions: interpolate,"), {"transform.buckets": True}, "'interpolate'"),
+        (STAGES.replace("32,", "32, positions: interpolate,"), BUCKETS, "'interpolate'"),
         (
             STAGES.replace("16,", "16, crop_policy: crop_at_target_scale,").replace("32,", "8,"),
             {},

@@ -24,6 +24,7 @@ from improved_ldm.evaluation.obedience import (
 )
 from improved_ldm.evaluation.perceptual import PerceptualDistance, open_perceptual
 from improved_ldm.evaluation.scores import RealFeatures, high_frequency_energy
+from improved_ldm.resolution import size_text
 from improved_ldm.trainer.config import RunConfig
 from reproduction.bound import held_out_bound
 from reproduction.curves import pipelines_before_the_end
@@ -49,6 +50,9 @@ class Scorer:
     """
 
     def __init__(self, config: RunConfig, device: torch.device):
+        if not isinstance(config.transform.resolution, int):
+            size = size_text(config.transform.resolution)
+            raise ValueError(f"`transform.resolution` is {size}; the tables measure square images only.")
         self.config, self.device = config, device
 
     @cached_property

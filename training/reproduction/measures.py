@@ -52,7 +52,7 @@ class Scorer:
     def __init__(self, config: RunConfig, device: torch.device):
         if not isinstance(config.transform.resolution, int):
             size = size_text(config.transform.resolution)
-            raise ValueError(f"`transform.resolution` is {size}; the tables measure square images only.")
+            raise ValueError(f"`transform.resolution` is {size}; tables need one number, a square.")
         self.config, self.device = config, device
 
     @cached_property

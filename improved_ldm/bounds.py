@@ -8,7 +8,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
-    PlainValidator,
     SerializationInfo,
     TypeAdapter,
     ValidationError,
@@ -56,7 +55,7 @@ Seed = Annotated[_Integer, Field(ge=0, lt=2**32)]  # the range of NumPy
 BatchSize = Annotated[_Integer, Field(ge=1, le=2**20)]
 Pixels = Annotated[_Integer, Field(ge=1, le=2**16)]
 _PIXELS, _PAIR_OF_PIXELS = TypeAdapter(Pixels), TypeAdapter(tuple[Pixels, Pixels])
-Sides = Annotated[int | tuple[int, int], PlainValidator(_read_sides)]  # `Pixels` of a square, or [height, width]
+Sides = Annotated[int | tuple[int, int], BeforeValidator(_read_sides)]  # `Pixels` of a square, or [height, width]
 Width = Annotated[_Integer, Field(ge=1, le=2**16)]  # channels, tokens, the rank of an adapter
 Depth = Annotated[_Integer, Field(ge=1, le=1000)]  # layers
 SamplerSteps = Annotated[_Integer, Field(ge=1, le=10**4)]
@@ -65,6 +64,7 @@ Classes = Annotated[_Integer, Field(ge=1, le=10**6)]
 Window = Annotated[_Integer, Field(ge=1, le=10**7)]  # images that are in memory at once
 Passes = Annotated[_Integer, Field(ge=0, le=10**4)]
 Workers = Annotated[_Integer, Field(ge=0, le=1024)]
+Prefetched = Annotated[_Integer, Field(ge=0, le=1024)]  # batches that are in memory at once
 Threads = Annotated[_Integer, Field(ge=1, le=1024)]
 
 Number = Annotated[float, BeforeValidator(_is_no_boolean), Field(ge=-1e9, le=1e9)]

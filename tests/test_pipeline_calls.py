@@ -371,7 +371,7 @@ def test_the_call_has_an_argument_for_every_control_variable():
 def test_every_control_argument_reaches_the_denoiser(class_pipeline, row):
     pipe, seen = class_pipeline(control_parts=CONTROL_PARTS), []
     pipe.denoiser.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["control"]), with_kwargs=True)
-    for arguments in row.shown(8).values() or [{row.name: (1, 1)}]:
+    for arguments in row.shown((8, 8)).values() or [{row.name: (1, 1)}]:
         pipe(class_labels=0, guidance_scale=1, num_inference_steps=1, **arguments)
         (control,) = pipe.make_controls(1, 8, 8, **arguments)
         torch.testing.assert_close(seen.pop(), control_tensor([control]), equal_nan=True)

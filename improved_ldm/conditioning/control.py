@@ -51,10 +51,14 @@ def rectangle_arguments(side: float, *rectangle: float) -> dict[str, tuple[float
     return {"original_size": (side, side), **crop_arguments(*rectangle)}
 
 
+def whole_image_size(drawn: Size, side: float) -> Size:
+    """(height, width) of the image with the shorter side `side` and the aspect ratio of a sample (height, width)."""
+    return tuple(side * length / min(drawn) for length in drawn)
+
+
 def _default_original_size(asked: dict[str, Any], drawn: Size, side: float) -> Size:
     """A size with the aspect ratio of the sample that is at least as large as the crop."""
-    height, width = drawn
-    size = (side * height / min(height, width), side * width / min(height, width))
+    size = whole_image_size(drawn, side)
     return size if asked["crop_size"] is None else tuple(map(max, size, asked["crop_size"]))
 
 
@@ -67,15 +71,15 @@ def _default_crop_size(asked: dict[str, Any], drawn: Size, side: float) -> Size:
     return rest
 
 
-def _shown_sizes(side: float) -> dict[str, dict[str, Any]]:
-    sizes = [max(1, round(side * share)) for share in SHOWN_SIZES]
-    return {f"{size} x {size}": {"original_size": (size, size)} for size in sizes}
+def _shown_sizes(image_size: Size) -> dict[str, dict[str, Any]]:
+    sizes = [tuple(max(1, round(side * share)) for side in image_size) for share in SHOWN_SIZES]
+    return {"{} x {}".format(*size): {"original_size": size} for size in sizes}
 
 
-def _shown_crops(side: float) -> dict[str, dict[str, Any]]:
+def _shown_crops(image_size: Size) -> dict[str, dict[str, Any]]:
     extent = (SHOWN_EXTENT, SHOWN_EXTENT)
     return {
-        f"{SHOWN_EXTENT:.0%}, {label}": crop_arguments(*corner, *extent, (side, side))
+        f"{SHOWN_EXTENT:.0%}, {label}": crop_arguments(*corner, *extent, image_size)
         for label, corner in SHOWN_CORNERS.items()
     }
 
@@ -156,7 +160,7 @@ class Control:
             features=lambda c: [FRACTION_SCALE * c.flip],
             read=read_flag,
             help="the mirrored image",
-            shown=lambda side: {"": {"flip": True}},
+            shown=lambda image_size: {"": {"flip": True}},
         ),
     )
     colour: tuple[float, ...] | None = field(
@@ -171,7 +175,7 @@ class Control:
             ],
             read=partial(read_vector, length=4, minimum=0, maximum=1),
             help="mean and standard deviation of the luminance, then of the saturation, all in [0, 1]",
-            shown=lambda side: {
+            shown=lambda image_size: {
                 "dark": {"colour": (0.25, 0.2, 0.3, 0.2)},
                 "bright": {"colour": (0.75, 0.2, 0.3, 0.2)},
                 "pale": {"colour": (0.5, 0.2, 0.1, 0.1)},

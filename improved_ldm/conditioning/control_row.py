@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from improved_ldm.conditioning.values import is_one_value, is_one_vector, read_flag
+from improved_ldm.conditioning.values import Size, is_one_value, is_one_vector, read_flag
 
 ControlLevel = Literal["high", "low"]
 
@@ -26,7 +26,7 @@ class Variable:
         default: Value if the caller gives none: a value, None for unknown, or a function of the given values by name
             (None if not given), of the sample's (height, width), and of the original image's shorter side in pixels.
         help: Meaning of the value, in one line.
-        shown: Function from the side of a square original image, in pixels, to the views in figures: label →
+        shown: Function from the (height, width) of an original image, in pixels, to the views in figures: label →
             arguments.
     """
 
@@ -38,7 +38,7 @@ class Variable:
     read: Callable[[str, Any], Any]
     default: Any
     help: str
-    shown: Callable[[float], dict[str, dict[str, Any]]] = lambda side: {}
+    shown: Callable[[Size], dict[str, dict[str, Any]]] = lambda image_size: {}
 
     def is_one(self, value: Any) -> bool:
         """Whether an argument is one value for all samples, and not a sequence of values."""
@@ -49,9 +49,9 @@ class Variable:
         """Whether the variable is a boolean."""
         return self.read is read_flag
 
-    def views(self, side: float) -> dict[str, dict[str, Any]]:
-        """The views in figures for a square original image of `side` pixels: full label → arguments."""
-        return {f"{self.name}\n{label}".strip(): arguments for label, arguments in self.shown(side).items()}
+    def views(self, image_size: Size) -> dict[str, dict[str, Any]]:
+        """The views in figures for an original image of (height, width) pixels: full label → arguments."""
+        return {f"{self.name}\n{label}".strip(): arguments for label, arguments in self.shown(image_size).items()}
 
     def numbers(self, value: Any) -> tuple[float, ...]:
         """A value as numbers in the order of the columns; NaN if it is unknown."""

@@ -131,7 +131,7 @@ class BatchPlan:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was given, as JSON values."""
-        waiting = [[group, rows] for group, rows in self._waiting.items()]
+        waiting = [[group, list(rows)] for group, rows in self._waiting.items()]
         return {"batches": self.batches, "drawn": list(self.drawn), "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]):

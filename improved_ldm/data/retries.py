@@ -73,7 +73,7 @@ def read_patiently(items: Iterator[Item]) -> Iterator[Item]:
     finally:
         orders.put(False)
         if waiting:  # interrupted
-            _abandoned.set()
+            stop_retrying()
             thread.join(LONGEST_TIMEOUT * constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
@@ -90,6 +90,11 @@ def _fetch(items: Iterator, orders: queue.SimpleQueue, results: queue.SimpleQueu
             results.put((next(items), None))
         except BaseException as error:
             results.put((None, error))
+
+
+def stop_retrying():
+    """End the retries of all threads that read from the Hub, because nobody waits for what they read."""
+    _abandoned.set()
 
 
 @contextmanager

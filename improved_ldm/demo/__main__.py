@@ -92,11 +92,15 @@ def load_pipeline(place: str) -> ImprovedLDMPipeline:
 
     Raises:
         OSError: If there is no pipeline.
-        ValueError: If the pipeline belongs to another family.
+        ValueError: If the pipeline belongs to another family, or its samples are not square.
     """
     if place == BUNDLED:
         return load_bundled()
-    return open_pipeline(place)
+    pipeline = open_pipeline(place)
+    height, width = pipeline.default_size
+    if height != width:
+        raise ValueError(f"it samples {height}x{width} pixels; the page shows views of square images only.")
+    return pipeline
 
 
 def _whole_number(maximum: int) -> Callable[[str], int]:

@@ -14,7 +14,7 @@ from improved_ldm.pipeline import ImprovedLDMPipeline
 View = dict[str, Any]
 
 # Control inputs that the rectangle does not set and that have values to choose from.
-CHOICES = tuple(row for row in VARIABLES if row.name not in rectangle_arguments(1, 0, 0, 1, 1) and row.shown(1))
+CHOICES = tuple(row for row in VARIABLES if row.name not in rectangle_arguments(1, 0, 0, 1, 1) and row.shown((1, 1)))
 
 
 def whole_view(side: float, read: frozenset[str]) -> View:
@@ -39,7 +39,7 @@ def view_arguments(view: View, read: frozenset[str]) -> dict[str, Any]:
     values = rectangle_arguments(*rectangle)
     for row in CHOICES:
         choice = view.get(row.name, "")
-        values |= {row.name: choice} if row.is_switch else row.shown(side).get(choice, {})
+        values |= {row.name: choice} if row.is_switch else row.shown((side, side)).get(choice, {})
     return {name: value for name, value in values.items() if name in read}
 
 

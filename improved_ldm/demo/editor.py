@@ -52,7 +52,7 @@ def _choice_input(row: Variable, side: float) -> str:
     if row.is_switch:
         element = f'<input type="checkbox" role="switch" {attributes} />'
     else:
-        labels = {"": BY_DEFAULT, **{html.escape(label): html.escape(label) for label in row.shown(side)}}
+        labels = {"": BY_DEFAULT, **{html.escape(label): html.escape(label) for label in row.shown((side, side))}}
         options = "".join(f'<option value="{value}">{label}</option>' for value, label in labels.items())
         element = f"<select {attributes}>{options}</select>"
     return f'<label class="row"><span>{name.capitalize()}</span>{element}</label>'

@@ -136,7 +136,7 @@ class Limits:
             choice = view[row.name]
             if row.is_switch and not isinstance(choice, bool):
                 raise ValueError(f"`view.{row.name}` is {shown(choice)}; it must be true or false.")
-            if not row.is_switch and choice not in (labels := ["", *row.shown(side)]):
+            if not row.is_switch and choice not in (labels := ["", *row.shown((side, side))]):
                 raise ValueError(f"`view.{row.name}` is {shown(choice)}; it must be one of {labels}.")
         return {name: view.get(name, default) for name, default in self.view.items()}
 

@@ -56,7 +56,7 @@ def build_demo(pipeline: ImprovedLDMPipeline, name: str = "", about: str = "", q
     """
     pipeline.set_progress_bar_config(disable=True)
     read = pipeline.denoiser.control_inputs
-    is_steered = any(row.shown(pipeline.default_original_side) for row in variables_read(read))
+    is_steered = any(row.shown(pipeline.default_image_size) for row in variables_read(read))
     limits = Limits(pipeline)
     pictures = PictureFolder()
 

@@ -174,6 +174,7 @@ def render_card(
         lineage=[_lineage_line(record) for record in pipeline.config.lineage or ()],
         size="{}x{}".format(*pipeline.default_size),
         resolution=size_text(resolution_of(*pipeline.default_size)),
+        size_text=size_text,
         evaluation=_judged_text(metrics),
         picture=picture,
         control_picture=control_picture,

@@ -104,6 +104,11 @@ class Denoiser(CheckedModel, FusingMixin, ModelMixin, ConfigMixin, CachingMixin,
         return self.config.out_channels == 2 * self.config.in_channels
 
     @property
+    def computes_positions(self) -> bool:
+        """Whether positions of grids that are not square are always computed, and never interpolated."""
+        return False
+
+    @property
     def null_keeps_mask(self) -> bool:
         """Whether the null prompt is attended to with the mask of the prompt, as in PixArt-α, or in whole."""
         return self.config.conditioning == "published"

@@ -150,6 +150,8 @@ class MDTDenoiser(PatchDenoiser):
         self.gradient_checkpointing = False
         initialize(self)
 
+    computes_positions = False  # they are learned
+
     def training_passes(
         self, hidden_states: torch.Tensor, level: float, uniform: Callable[[int], torch.Tensor]
     ) -> list[dict[str, Any]]:

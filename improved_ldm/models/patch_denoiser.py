@@ -34,6 +34,11 @@ class PatchDenoiser(Denoiser):
         return self.config.conditioning == "published"
 
     @property
+    def computes_positions(self) -> bool:
+        """Whether positions of grids that are not square are always computed, and never interpolated."""
+        return True
+
+    @property
     def patch_size(self) -> int:
         """Latent pixels per side of a patch."""
         return self.config.patch_size

@@ -273,6 +273,11 @@ class PositionTable:
 
     stretches_positions = False  # patches of the table have the same step in both directions
 
+    @property
+    def computes_positions(self) -> bool:
+        """Whether positions of grids that are not square are computed, because there is no table."""
+        return self.table_size is None
+
     def register_positions(self):
         """Register the position embeddings of the table, if there is one, or of the configured latent size."""
         self.table_size = self.published.position_table_size

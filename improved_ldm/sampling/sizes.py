@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from improved_ldm.conditioning.control import VARIABLES, Control, ratio_warning
+from improved_ldm.conditioning.control import VARIABLES, Control, ratio_warning, whole_image_size
 from improved_ldm.conditioning.values import MAX_SIDE, plain, read_integer, read_per_sample, refuse
 from improved_ldm.sampling.arguments import check_pixels, logger
 
@@ -20,6 +20,11 @@ class SizesMixin:
     def default_original_side(self) -> int:
         """Default of the original image's shorter side, in pixels, for samples of the default size."""
         return self._original_side(*self.default_size)
+
+    @property
+    def default_image_size(self) -> tuple[float, float]:
+        """(height, width), in pixels, of the image that samples of the default size are views of by default."""
+        return whole_image_size(self.default_size, self.default_original_side)
 
     def _original_side(self, height: int, width: int) -> int:
         return self.config.default_original_size or min(height, width)

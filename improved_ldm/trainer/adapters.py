@@ -54,6 +54,10 @@ def check_adapter_run(config: AdapterRunConfig, pipeline: ImprovedLDMPipeline):
             raise ValueError("`lora.text_encoder` is true, but the base is class-conditional; it has no text encoder.")
         if config.sampling.prompts is not None:
             raise ValueError("`sampling.prompts` is given, but the base is class-conditional; it has no prompts.")
+    if config.lora.text_encoder and config.cache.pretrained:
+        raise ValueError(
+            f"`cache.pretrained` is {config.cache.pretrained!r}; with `lora.text_encoder` it must not be given."
+        )
     if config.lora.text_encoder and config.cache.passes:
         raise ValueError(f"`cache.passes` is {config.cache.passes}; with `lora.text_encoder` it must be 0.")
     for target in config.lora.targets or ():

@@ -62,7 +62,7 @@ def control_views(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
 def _shown(pipeline: ImprovedLDMPipeline) -> dict[Variable, dict[str, dict]]:
     """The values that grids show of each control input that the denoiser reads, switches first."""
     rows = sorted(variables_read(pipeline.denoiser.control_inputs), key=lambda row: not row.is_switch)
-    views = {row: row.views(pipeline.default_original_side) for row in rows}
+    views = {row: row.views(pipeline.default_image_size) for row in rows}
     return {row: shown for row, shown in views.items() if shown}
 
 

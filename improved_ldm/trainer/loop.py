@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from improved_ldm.conditioning.conditions import Conditioning
 from improved_ldm.conditioning.control import required_columns
 from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.latents import EncodedBatch
+from improved_ldm.data.prefetch import Batches
 from improved_ldm.diffusion.objectives import Objective, objective_loss
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.output import OutputError
@@ -33,16 +34,6 @@ from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.stopping import StoppedWaiting, agree_to_stop, stop_signals
-
-
-class Batches(Protocol):
-    """An endless loader that can resume at the next batch."""
-
-    def __iter__(self) -> Iterator[EncodedBatch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]): ...
 
 
 @dataclass(frozen=True)
@@ -206,7 +197,7 @@ def _accumulate_gradients(
     training, total, suspect, shares = run.config.training, 0.0, None, 0.0
     micro_batches = training.gradient_accumulation_steps
     for number in range(micro_batches):
-        batch = next(batches).to(run.accelerator.device)
+        batch = next(batches).to(run.accelerator.device).whole(run.config.text.max_tokens)
         last = number == micro_batches - 1
         share = len(batch) / (training.batch_size * micro_batches)
         with contextlib.nullcontext() if last else run.accelerator.no_sync(denoiser):

@@ -15,6 +15,7 @@ from improved_ldm.bounds import (
     Passes,
     Place,
     Positive,
+    Prefetched,
     Probability,
     SamplerSteps,
     Share,
@@ -42,6 +43,16 @@ class CacheConfig(Section):
     """Number of times that each image is encoded, with new crops and flips each time; 0 encodes during training."""
     folder: Place | None = None
     """Folder of the caches; default: `cache` in the output folder."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """Precision of the stored latents and text."""
+    pretrained: Place | None = None
+    """A finished cache of another run, used as it is: a folder or the Hub id of a dataset."""
+
+    @model_validator(mode="after")
+    def _is_written_or_taken_over(self):
+        if self.passes and self.pretrained is not None:
+            raise ValueError(f"`pretrained` is {self.pretrained!r}, and `passes` {self.passes}; it must be 0 then")
+        return self
 
 
 class AutoencoderConfig(Section):
@@ -186,6 +197,8 @@ class TrainingConfig(Section):
     """Number of checkpoints that are kept."""
     trackers: tuple[Text, ...] = ("tensorboard",)
     """Trackers of accelerate: `tensorboard`, `wandb`, …"""
+    prefetch: Prefetched = 2
+    """Batches that a background thread reads and encodes ahead of the training; with 0 there is no such thread."""
     cpu_threads: Threads | None = None
     """Threads per process without a GPU; by default the processes share the cores."""
 

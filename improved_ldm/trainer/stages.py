@@ -40,7 +40,7 @@ from improved_ldm.trainer.run import Run, start_run
 from improved_ldm.trainer.same_run import check_same_run
 from improved_ldm.trainer.switch import ConditionSwitch, changes_record, kept_moments
 from improved_ldm.transfer.conditions import ConditionChanges
-from improved_ldm.transfer.resolution import NoiseTransfer, resolution_change, transfer
+from improved_ldm.transfer.resolution import NoiseTransfer, check_positions, resolution_change, transfer
 
 STAGES = "stages.yaml"  # the configuration of a whole run with stages
 
@@ -213,8 +213,9 @@ def check_stages(stages: Sequence[Stage], denoiser: Denoiser, factor: int):
         check_buckets(stage.config.transform, factor * denoiser.patch_size)
         check_resolution(stage.config, factor * denoiser.patch_size, "`resolution` of a stage")
         if stage.switch is not None:
-            side = latent_side(stage.config.transform.resolution, factor, denoiser.patch_size)
-            denoiser.resized_positions(side, stage.switch.positions)
+            transform, positions = stage.config.transform, stage.switch.positions
+            check_positions(denoiser, positions, isinstance(transform.resolution, int) and not transform.buckets)
+            denoiser.resized_positions(latent_side(transform.resolution, factor, denoiser.patch_size), positions)
         if stage.conditions is not None:
             with naming_part(stage.name):
                 stage.conditions.check(denoiser)

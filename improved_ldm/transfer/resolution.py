@@ -62,11 +62,13 @@ def transfer(
     for name, value, known in (("noise", noise, NoiseTransfer), ("guidance", guidance, GuidanceTransfer)):
         if value not in get_args(known):
             raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(get_args(known))}.")
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    check_positions(denoiser, positions, is_square=len({*sides_of(resolution)}) == 1)
     if isinstance(model, Denoiser):
         return model.resized(_sample_size(model, resolution, latent_factor), positions)
 
     old, new = (resolution_of(*size) for size in (model.default_size, sides_of(resolution)))
-    denoiser = model.denoiser.resized(_sample_size(model.denoiser, resolution, model.vae_scale_factor), positions)
+    denoiser = denoiser.resized(_sample_size(denoiser, resolution, model.vae_scale_factor), positions)
     scheduler, components, config = model.scheduler, dict(model.components), dict(model.config)
     config["default_size"] = default_size_of(new)
     if noise == "rescale":
@@ -80,6 +82,15 @@ def transfer(
         config["lineage"] = [*(model.config.lineage or []), lineage_record(model.name_or_path, **change)]
     settings = {name: config[name] for name in config.keys() - components.keys() if not name.startswith("_")}
     return type(model)(**{**components, "scheduler": scheduler, denoiser.component: denoiser, **settings})
+
+
+def check_positions(denoiser: Denoiser, positions: PositionTransfer, is_square: bool):
+    """Raise a ValueError if positions are to be interpolated for samples whose positions are computed anyway."""
+    if positions == "interpolate" and denoiser.computes_positions and not is_square:
+        raise ValueError(
+            f"`positions` is 'interpolate', but a {type(denoiser).__name__} has interpolated positions of square "
+            "samples only; give 'resample'."
+        )
 
 
 def resolution_change(

@@ -205,3 +205,16 @@ def test_one_sample_in_ten_has_no_colour():
 
 def test_what_is_not_asked_for_is_not_measured():
     assert ImageTransform(8)(noise(8, 8), Random(0))[1].colour is None
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 40)])
+def test_a_shape_is_cropped_at_the_scale_of_its_own_shape_with_the_area_of_the_target(size):
+    last = (2 * size[0], 2 * size[1])
+    small = ImageTransform(size, "crop_at_target_scale", target_scale=last).sample_control((400, 500), Random(0))
+    whole = ImageTransform(last).sample_control((400, 500), Random(0))
+    assert small.crop_size == pytest.approx([side / 2 for side in whole.crop_size], rel=1e-6)
+    same = ImageTransform(last, "crop_at_target_scale", target_scale=last).sample_control((400, 500), Random(0))
+    assert same.crop_size == pytest.approx(whole.crop_size, rel=1e-6)
+    assert same.crops_coords_top_left == pytest.approx(whole.crops_coords_top_left, abs=1e-3)
+    with pytest.raises(ValueError, match="`target_scale` is"):
+        ImageTransform(last, "crop_at_target_scale", target_scale=size)

@@ -8,6 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from improved_ldm.demo.__main__ import QUICKSTART, main
 from improved_ldm.demo.bundled import BUNDLED
+from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.trainer.config import RunConfig
 
 
@@ -65,6 +66,12 @@ def test_a_pipeline_of_another_family_is_refused(tmp_path):
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="does not load: "):
+        main([str(tmp_path)])
+
+
+def test_a_pipeline_of_samples_that_are_not_square_is_refused(class_pipeline, tmp_path):
+    ImprovedLDMPipeline(**class_pipeline().components, default_size=(8, 16)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"does not load: it samples 8x16 pixels; .* square images only"):
         main([str(tmp_path)])
 
 

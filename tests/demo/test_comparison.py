@@ -97,7 +97,7 @@ def test_class_models_are_asked_as_far_as_they_read(class_pipeline, settings, co
 def test_every_choice_changes_the_drawing_and_is_said(class_pipeline, settings):
     pipe = class_pipeline(control_parts=CONTROL_PARTS)
     for row in CHOICES:
-        choice = True if row.is_switch else next(iter(row.shown(8)))
+        choice = True if row.is_switch else next(iter(row.shown((8, 8))))
         view = default_view(pipe) | {row.name: choice}
         plain, asked = compare(pipe, settings._replace(subject=1, view=view))
         assert (_pixels(plain) != _pixels(asked)).any() and row.name in described(view)

@@ -111,7 +111,7 @@ def test_a_shown_value_is_short_and_on_one_line(value):
 @pytest.mark.parametrize("row", CHOICES, ids=lambda row: row.name)
 def test_a_choice_is_one_of_the_shown_values(class_pipeline, row):
     limits = Limits(class_pipeline(control_parts=CONTROL_PARTS))
-    choices = [False, True] if row.is_switch else ["", *row.shown(8)]
+    choices = [False, True] if row.is_switch else ["", *row.shown((8, 8))]
     for choice in choices:
         view = limits.check(0, *GOOD[1:5], {**WHOLE, row.name: choice}).view
         assert view[row.name] == choice

@@ -123,4 +123,4 @@ def test_every_control_input_that_is_read_can_be_chosen(class_pipeline):
     template = _components(build_demo(class_pipeline(control_parts=CONTROL_PARTS)))["view"]["html_template"]
     for row in CHOICES:
         assert f'name="{row.name}" data-choice' in template
-        assert row.is_switch or all(f">{label}</option>" in template for label in row.shown(8))
+        assert row.is_switch or all(f">{label}</option>" in template for label in row.shown((8, 8)))

@@ -341,7 +341,7 @@ def test_the_lines_of_use_draw(card_of, class_pipeline, tmp_path, monkeypatch):
 READ = {
     "all": ({}, {"original_size", "crop_size", "flip"}),
     "no flip": ({"control_parts": ("size", "crop")}, {"original_size", "crop_size"}),
-    "every part": ({"control_parts": CONTROL_PARTS}, {row.name for row in VARIABLES if row.shown(8)}),
+    "every part": ({"control_parts": CONTROL_PARTS}, {row.name for row in VARIABLES if row.shown((8, 8))}),
     "published": ({"conditioning": "published", "control_parts": ()}, set()),
 }
 

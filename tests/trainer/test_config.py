@@ -137,3 +137,29 @@ def test_a_section_stands_for_its_source():
 
 def test_a_bare_no_is_the_word_that_it_looks_like():
     assert parse_config(RunConfig, ["--training.mixed_precision", "no"]).training.mixed_precision == "no"
+
+
+def test_two_equal_sides_are_one_number():
+    config = parse_config(RunConfig, ["--transform.resolution", "[32, 32]"])
+    assert config.transform.resolution == 32
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_resolution_of_two_sides_is_kept_in_files():
+    stages = (
+        "[{resolution: [16, 32], steps: 60}, {resolution: [32, 64], steps: 60, crop_policy: crop_at_target_scale}]"
+    )
+    config = parse_config(RunConfig, ["--stages", stages])
+    first, last = config.of_stage(0), config.of_stage(1)
+    assert Path(first.output_dir).name == "stage-1-16x32" and first.transform.resolution == (16, 32)
+    assert last.transform.target_scale == (32, 64)
+    assert config.model_dump(mode="json")["stages"][0]["resolution"] == [16, 32]
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("resolution", [[16, 36], [36, 16]])
+def test_both_sides_divide_into_patches(autoencoder, resolution):
+    config = RunConfig.model_validate({"transform": {"resolution": resolution}, "denoiser": {"size": "tiny/4"}})
+    message = f"`transform.resolution` is {resolution[0]}x{resolution[1]}; both sides must be multiples of 8 pixels"
+    with pytest.raises(ValueError, match=message):
+        build_denoiser(config, autoencoder, num_classes=3)

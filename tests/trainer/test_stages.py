@@ -57,6 +57,25 @@ def test_a_run_in_two_stages_leaves_a_pipeline_of_each(arguments, tmp_path, name
     assert len(yaml.safe_load((tmp_path / "run" / "stages.yaml").read_text(encoding="utf-8"))["stages"]) == 2
 
 
+@pytest.mark.parametrize("name", ["dit", "mdt"])
+def test_a_stage_may_have_a_height_and_a_width(arguments, tmp_path, name):
+    stages = STAGES.replace("32,", "[16, 64],")  # an area of 32 x 32 pixels
+    load_script("train_t2i").main(staged(arguments, stages=stages, **{"denoiser.name": name}))
+    low, wide = (
+        DiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "run" / "stage-1-16", tmp_path / "run")
+    )
+    assert (low.default_size, wide.default_size) == ((16, 16), (16, 64))
+    assert wide.denoiser.config.sample_size == 2 * low.denoiser.config.sample_size
+    assert wide.config.lineage[0]["resolution"] == [16, [16, 64]]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert [stage["resolution"] for stage in metrics["stages"]] == [16, [16, 64]]
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "| images | 16x64 pixels" in card and "at 16 pixels, " in card and "at 16x64 pixels" in card
+    image = wide("a photo of a sneaker", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (16, 64, 3)
+    load_script("train_t2i").main(staged(arguments, stages=stages, **{"denoiser.name": name}))  # it is the same run
+
+
 def test_a_run_whose_files_have_an_empty_after_resumes(arguments, tmp_path):
     """Earlier versions wrote `after: null` into every configuration that is not of a later stage."""
     script, output = load_script("train_t2i"), tmp_path / "run"
@@ -183,14 +202,21 @@ def test_a_class_conditional_run_has_stages_too(arguments, tmp_path):
     ("stages", "overrides", "message"),
     [
         (STAGES.replace("32,", "30,"), {}, "`resolution` of a stage is 30; it must be a multiple of 8"),
+        (
+            STAGES.replace("32,", "[32, 30],"),
+            {},
+            "`resolution` of a stage is 32x30; both sides must be multiples of 8",
+        ),
         (STAGES.replace("32,", "32, positions: extrapolate,"), {"denoiser.name": "mdt"}, "positions are learned"),
+        (STAGES.replace("32,", "[32, 64], positions: interpolate,"), {}, "`positions` is 'interpolate'"),
+        (STAGES.replace("32,", "32, positions: interpolate,"), {"transform.buckets": True}, "'interpolate'"),
         (
             STAGES.replace("16,", "16, crop_policy: crop_at_target_scale,").replace("32,", "8,"),
             {},
             "`target_scale` is 8",
         ),
     ],
-    ids=["size", "positions", "crop"],
+    ids=["size", "sides", "positions", "shape", "buckets", "crop"],
 )
 def test_stages_that_cannot_begin_are_errors_before_the_first_does(arguments, tmp_path, stages, overrides, message):
     with pytest.raises(ValueError, match=message):

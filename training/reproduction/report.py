@@ -18,6 +18,7 @@ from matplotlib import pyplot
 SOURCES = {
     "paper": "the paper's claim",
     "ours": "our expectation; the paper has such a table",
+    "own": "our expectation; the paper has no such table",
     "recipe": "the claim of a published recipe",
 }
 Values = dict[str, dict[str, list[float | None]]]  # setting → measure → a value a seed

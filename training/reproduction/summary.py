@@ -14,9 +14,10 @@ from reproduction.tables import SCALES, Expectation, Table
 HEADER = """# The paper's tables at a small scale
 
 What the paper claims, re-run at a scale that every reader can afford. Where the paper has a table whose numbers are
-not available to us, the claim is our expectation (`ours`). `agrees` and `disagrees` mean that the 95% interval of
-the paired difference over the seeds excludes zero, `unclear` that it includes zero. The comparisons are not
-corrected for their number. A result at this scale does not settle the claim at full scale.
+not available to us, the claim is our expectation (`ours`); comparisons by `own` are not in the paper. `agrees` and
+`disagrees` mean that the 95% interval of the paired difference over the seeds excludes zero, `unclear` that it
+includes zero. The comparisons are not corrected for their number. A result at this scale does not settle the claim at
+full scale.
 `python training/reproduce.py TABLE` measures a table, `python training/reproduce.py summary` writes this page.
 
 """

@@ -43,8 +43,9 @@ class Table(Section):
     """What is compared."""
     claim: str
     """What is expected, in words."""
-    source: Literal["paper", "ours", "recipe"]
-    """Whether the paper says so, we expect it, or the authors of a published recipe say so."""
+    source: Literal["paper", "ours", "recipe", "own"]
+    """Whether the paper says so, we expect it of a table of the paper, the authors of a published recipe say so, or we
+    expect it of a comparison that the paper does not have."""
     trainer: Trainer = "train_t2i"
     """Script that trains its models."""
     base: dict[str, Any] = Field(default_factory=dict)

@@ -143,7 +143,7 @@ class RowStream(torch.utils.data.IterableDataset):
     def _one_pass(self) -> Iterator[Row]:
         position, is_empty = self._position, self._position.window == 0
         for window in self._windows():
-            is_empty = False
+            is_empty = is_empty and not window
             if self.shuffle_window > 1:
                 Random(self._seed_of_window()).shuffle(window)
             for offset in self._own_offsets(len(window)):

@@ -20,7 +20,7 @@ from transformers import (
 from transformers import AutoModel as AutoTransformersModel
 from transformers.utils import logging as transformers_logging
 
-from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.autoencoder import check_image_size, latent_channels, spatial_factor
 from improved_ldm.conditioning.text import text_positions
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.diffusion.objectives import Objective, make_objective
@@ -98,17 +98,18 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         ValueError: if the resolution does not divide into latent patches, an option does not exist, or a pretrained
             denoiser does not suit the run.
     """
-    factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
+    check_image_size(vae, sides_of(config.transform.resolution))
+    factor, channels = spatial_factor(vae), latent_channels(vae)
     if config.denoiser.pretrained is not None:
-        denoiser = _load_denoiser(config, factor, in_channels=latent_channels, **conditions)
+        denoiser = _load_denoiser(config, factor, in_channels=channels, **conditions)
         _check_variance(config, denoiser)
         return denoiser
     options = check_options(config.denoiser.name, config.denoiser.options)
     patch_size = {**preset(config.denoiser.name, config.denoiser.size), **options}.get("patch_size", 1)
     arguments = {
         "sample_size": latent_side(config.transform.resolution, factor, patch_size),
-        "in_channels": latent_channels,
-        "out_channels": latent_channels * (2 if config.objective.learned_variance else 1),
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.objective.learned_variance else 1),
         "conditioning": config.denoiser.conditioning,
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,

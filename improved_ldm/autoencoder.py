@@ -180,11 +180,9 @@ def check_image_size(vae: ModelMixin, size: tuple[int, int]):
 
 
 def encoding_copy(vae: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """An autoencoder that encodes in a dtype: itself, or a copy, as the weights that a pipeline saves stay exact.
+    """A copy of an autoencoder that encodes in a dtype, so that the weights that a pipeline saves and uses stay exact.
 
-    On a GPU the copy has the channels last, which its convolutions prefer.
+    On a GPU it has the channels last, which its convolutions prefer.
     """
-    if vae.dtype == dtype and vae.device.type != "cuda":
-        return vae
     layout = torch.channels_last if vae.device.type == "cuda" and not _has_frames(vae) else torch.preserve_format
     return nn.Module.to(copy.deepcopy(vae), dtype=dtype, memory_format=layout)

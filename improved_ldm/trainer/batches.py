@@ -1,53 +1,32 @@
 """The batches of a run, from a cache of latents or encoded during training."""
 
-import contextlib
-import glob
 import json
-import shutil
-from collections import Counter
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from improved_ldm.conditioning.control import CONTROL_LAYOUT
-from improved_ldm.data.buckets import Buckets
+from improved_ldm.autoencoder import encoding_copy
+from improved_ldm.data.cache import CachedLoader, LatentCache
 from improved_ldm.data.fingerprint import data_changes, data_fingerprint
 from improved_ldm.data.indexed import index_lines
-from improved_ldm.data.latents import (
-    CachedLoader,
-    EncodingLoader,
-    LatentCache,
-    SampleEncoder,
-    cache_name,
-    find_cache_damage,
-    publish_cache,
-    write_cache,
-    write_skipped_rows,
-)
-from improved_ldm.data.loader import index_sources, make_loader, make_pass
+from improved_ldm.data.latents import EncodingLoader, SampleEncoder
+from improved_ldm.data.loader import index_sources, make_loader
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.tally import skipped_rows
+from improved_ldm.data.prefetch import Prefetcher
 from improved_ldm.data.transforms import MEASURES, ImageTransform
-from improved_ldm.output import writing
-from improved_ldm.places import resolve
 from improved_ldm.provenance import write_text
-from improved_ldm.seeds import derive_seed
+from improved_ldm.trainer.caching import filled_cache
 from improved_ldm.trainer.checkpoints import DATA, kept_file
+from improved_ldm.trainer.components import compute_dtype, in_dtype
 from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.data import run_buckets
-from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
-
-CACHE_BATCH_SIZE = 256
 
 
 def open_batches(
     run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str] = ()
-) -> CachedLoader | EncodingLoader:
+) -> CachedLoader | EncodingLoader | Prefetcher:
     """The loader of one rank's training batches; prints what is read.
 
     Args:
@@ -63,14 +42,27 @@ def open_batches(
         ValueError: if the run resumes and its data has changed.
         OutputError: if a cache cannot be written.
     """
+    device, config = run.accelerator.device, run.config
+    encoder = replace(
+        encoder,
+        vae=encoding_copy(encoder.vae, compute_dtype(config.autoencoder.dtype, device)),
+        text_encoder=in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device)),
+    )
+    loader = _open_loader(run, mixture, encoder, control_inputs)
+    return Prefetcher(loader, config.training.prefetch, device) if config.training.prefetch else loader
+
+
+def _open_loader(
+    run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str]
+) -> CachedLoader | EncodingLoader:
     config, accelerator = run.config, run.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
     on_main_process(lambda: _check_same_data(run, mixture))
     for description in mixture.descriptions():
         run.say(description)
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
-    if config.cache.passes:
-        cache = LatentCache(_filled_cache(run, mixture, encoder, transform, buckets))
+    if config.cache.passes or config.cache.pretrained:
+        cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
         return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
     indexed = index_sources(mixture, buckets)
     for source, found in zip(mixture.sources, indexed or (), strict=False):
@@ -126,96 +118,3 @@ def _fingerprints_before(run: Run, count: int) -> list[dict[str, Any]]:
     before = json.loads(kept.read_text(encoding="utf-8")) if kept else {}
     before = before if isinstance(before, list) else [before]
     return before if len(before) == count else [{}] * count
-
-
-def _filled_cache(
-    run: Run, mixture: Mixture, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
-) -> Path:
-    """The folder of the cache of a configuration, which is written first if it is missing or damaged."""
-    config = run.config
-    parts = config.model_dump(include={"seed", "data", "transform", "autoencoder", "text"})
-    for section, key in (("text", "padding"), ("text", "noise_scale"), ("data", "accept_changes")):
-        del parts[section][key]  # these do not change the content
-    parts |= {"passes": config.cache.passes, "has_text": encoder.text_encoder is not None, "order": "by seed"}
-    parts |= {
-        "control": CONTROL_LAYOUT,
-        "measured": sorted(transform.measured),
-    }  # a cache with other columns has another name, so it is not used
-    places = [*config.data.places, resolve(config.autoencoder.pretrained), resolve(config.text.pretrained)]
-    parent = Path(config.cache.folder) if config.cache.folder else run.folder / "cache"
-    folder = parent / cache_name(parts, places)
-    if not on_main_process(lambda: _is_usable(folder, run)):
-        _write_cache(folder, run, _passes(run, mixture, transform, buckets, skipped := {}), skipped, encoder)
-    return folder
-
-
-def _is_usable(folder: Path, run: Run) -> bool:
-    """Whether a cache exists and is intact; a damaged one is reported and removed."""
-    if not folder.exists():
-        return False
-    damage = find_cache_damage(folder)
-    if damage is not None:
-        run.say(f"the cache {folder} is damaged: {damage}; it is written again")
-        with writing(folder):
-            shutil.rmtree(folder)
-    return damage is None
-
-
-def _write_cache(folder: Path, run: Run, passes: Iterator, skipped: dict[str, int], encoder: SampleEncoder):
-    """Encode a cache in a folder of this run's own, and rename it when it is complete."""
-    accelerator = run.accelerator
-    unfinished = on_main_process(lambda: _begin_cache(folder, run))
-    try:
-        with contextlib.closing(passes) as batches:
-            write_cache(unfinished, batches, encoder, accelerator.process_index)
-        write_skipped_rows(unfinished, skipped, accelerator.process_index)
-        accelerator.wait_for_everyone()
-        on_main_process(lambda: _publish(unfinished, folder))
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _begin_cache(folder: Path, run: Run) -> Path:
-    """A new folder that no other process writes to; unfinished folders of processes that have ended are removed."""
-    stem = f"{folder.name}.unfinished-by-"
-    with writing(folder.parent):
-        for left in folder.parent.glob(f"{glob.escape(stem)}*"):
-            owner = Owner.from_text(left.name.removeprefix(stem))
-            if owner is not None and (owner.is_gone or owner.is_this_process):
-                run.say(f"{left} was left by a process that has ended; it is removed")
-                shutil.rmtree(left)
-        unfinished = folder.parent / f"{stem}{Owner.this_process()}"
-        unfinished.mkdir(parents=True)
-    return unfinished
-
-
-def _publish(unfinished: Path, folder: Path):
-    with writing(folder):
-        publish_cache(unfinished, folder)
-
-
-def _passes(
-    run: Run, mixture: Mixture, transform: ImageTransform, buckets: Buckets | None, skipped: dict[str, int]
-) -> Iterator[dict[str, Any]]:
-    """Every image as often as the cache holds it, with new crops and flips each time; counts skipped rows."""
-    config, accelerator = run.config, run.accelerator
-    with tqdm(unit="img", desc="encoding", disable=not accelerator.is_local_main_process) as bar:
-        for number, rows in enumerate(mixture.rows):
-            of_source = {}
-            for repetition in range(config.cache.passes):
-                loader = make_pass(
-                    rows,
-                    transform,
-                    CACHE_BATCH_SIZE,
-                    derive_seed(config.seed, repetition, *((number,) if number else ())),
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                    num_workers=config.data.num_workers,
-                    buckets=buckets,
-                )
-                for batch in loader:
-                    bar.update(len(batch["pixels"]))
-                    yield batch | {"source": torch.full_like(batch["source"], number)}
-                of_source = skipped_rows(loader.state_dict())
-            skipped.update(Counter(skipped) + Counter(of_source))

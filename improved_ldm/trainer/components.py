@@ -1,11 +1,13 @@
 """The models of a run, loaded or built according to its configuration."""
 
 import contextlib
+import copy
 import inspect
 import json
 import logging
 from pathlib import Path
 
+import torch
 from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import (
@@ -30,6 +32,7 @@ from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.resolution import latent_side, sides_of, size_text
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
+from improved_ldm.trainer.sections import ComputeDtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,18 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
         source, subfolder = resolve(config.pretrained), config.subfolder or ""
         vae = AutoModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
     return vae.requires_grad_(False).eval()
+
+
+def compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
+    """The dtype that a frozen model computes in on a device; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def in_dtype(model: PreTrainedModel | None, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A model in a dtype: itself, or a copy, so that the weights that a pipeline saves stay exact."""
+    return model if model is None or model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def load_tokenizer(config: TextConfig) -> PreTrainedTokenizerBase:

@@ -32,7 +32,7 @@ from improved_ldm.trainer.optimizer import WeightAverage, fitting_state, make_op
 from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
-from improved_ldm.trainer.stopping import StoppedWaiting, agree_to_stop, stop_signals
+from improved_ldm.trainer.stopping import Stop, StoppedWaiting, agree_to_stop, stop_signals
 
 
 class Batches(Protocol):
@@ -121,8 +121,11 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
         processes = (accelerator.process_index, accelerator.num_processes, accelerator.device)
         return StepRandomness(run.config.seed, step, *parts, *processes)
 
-    with progress, _kept_on_failure(run, checkpoints, progress), stop_signals() as stop:
-        batch_iterator = iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches))
+    def iterated(stop: Stop) -> contextlib.closing:
+        return contextlib.closing(iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches)))
+
+    kept = _kept_on_failure(run, checkpoints, progress)
+    with progress, kept, stop_signals() as stop, iterated(stop) as batch_iterator:
         for step in range(first_step, config.steps):
             set_learning_rate(optimizer, recipe, step, config.steps)
             loss, suspect = _accumulate_gradients(run, denoiser, objective, batch_iterator, randomness_of(step))

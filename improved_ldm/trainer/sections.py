@@ -21,11 +21,13 @@ from improved_ldm.bounds import (
     Text,
     Threads,
     Width,
+    Workers,
 )
 from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
 from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import TextPadding
+from improved_ldm.data.cache import CacheDtype
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction, make_objective
 from improved_ldm.diffusion.schedules import BetaSchedule, SamplerName, TimestepSpacing
 from improved_ldm.models.family import check_options, denoiser_class, preset
@@ -33,6 +35,8 @@ from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 from improved_ldm.places import check_repository_name
 from improved_ldm.settings import Section
 from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, UNLAUNCHED, launched_with
+
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class CacheConfig(Section):
@@ -42,6 +46,10 @@ class CacheConfig(Section):
     """Number of times that each image is encoded, with new crops and flips each time; 0 encodes during training."""
     folder: Place | None = None
     """Folder of the caches; default: `cache` in the output folder."""
+    dtype: CacheDtype = "fp16"
+    """Precision of latents and text; with `fp16`, values beyond its range are stored as bfloat16."""
+    pretrained: Place | None = None
+    """Finished cache to read instead of the images: its folder, or its Hub id as a dataset."""
 
 
 class AutoencoderConfig(Section):
@@ -51,6 +59,8 @@ class AutoencoderConfig(Section):
     """`embedded:autoencoder`, a folder or a Hub id."""
     subfolder: Place | None = None
     """Subfolder of `pretrained`."""
+    dtype: ComputeDtype = "auto"
+    """Precision of encoding; `auto` is bf16 on a GPU that has it, else fp32. The saved weights stay as loaded."""
 
 
 class TextConfig(Section):
@@ -60,6 +70,9 @@ class TextConfig(Section):
     """`embedded:clip`, a folder or a Hub id."""
     max_tokens: Width = 77
     """L, tokens per prompt."""
+    dtype: ComputeDtype = "auto"
+    """Precision of encoding prompts; `auto` is bf16 on a GPU that has it, else fp32. The saved weights stay as loaded;
+    in another precision the encoder is held twice."""
     padding: TextPadding = "noisy_replicate"
     """How short prompts are padded."""
     noise_scale: NotNegative = 0.02
@@ -186,6 +199,8 @@ class TrainingConfig(Section):
     """Number of checkpoints that are kept."""
     trackers: tuple[Text, ...] = ("tensorboard",)
     """Trackers of accelerate: `tensorboard`, `wandb`, …"""
+    prefetch: Workers = 2
+    """Batches that are read and encoded ahead, in a thread of each process; 0 prepares each when it is needed."""
     cpu_threads: Threads | None = None
     """Threads per process without a GPU; by default the processes share the cores."""
 

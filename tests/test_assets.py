@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 from improved_ldm.autoencoder import decode_latents, encode_images
 from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.places import ASSETS
 
@@ -23,7 +23,8 @@ NOUNS = ("T-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "
 def batch():
     """1000 images of the embedded test split."""
     rows = open_rows("embedded:fashion-mnist", split="test", label_column="label")
-    return next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
+    batch = next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
+    return batch | {"pixels": pixel_values(batch["pixels"])}
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from improved_ldm.bounds import (
 )
 from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.exits import exit_on_error
 from improved_ldm.naming import naming_keys
 from improved_ldm.provenance import write_json
@@ -130,7 +130,7 @@ def load_pixels(config: Config, split: str, transform: ImageTransform) -> torch.
     """The first 2000 images of a split, each transformed: (images, 3, resolution, resolution)."""
     with naming_keys(source="data", split="test_split"):
         rows = open_rows(config.data, split, caption_column=None)
-    return next(iter(make_pass(rows, transform, batch_size=2000)))["pixels"]
+    return pixel_values(next(iter(make_pass(rows, transform, batch_size=2000)))["pixels"])
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def main(config: Config):
     rank = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = make_loader(rows, transform, config.batch_size, config.seed, num_workers=config.num_workers, **rank)
     for step, batch in enumerate(itertools.islice(batches, config.steps), start=1):
-        pixels = batch["pixels"].to(accelerator.device, memory_format=torch.channels_last)
+        pixels = pixel_values(batch["pixels"].to(accelerator.device, memory_format=torch.channels_last))
         loss = objective(pixels)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(objective.parameters(), 1.0)

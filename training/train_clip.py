@@ -32,7 +32,7 @@ from improved_ldm.bounds import (
 )
 from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.exits import exit_on_error
 from improved_ldm.naming import naming_keys
 from improved_ldm.provenance import write_json
@@ -147,7 +147,7 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> dict
     groups = match_groups(batch)
     captions = dict(zip(batch["caption"], groups, strict=True))
     inputs = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-    nearest = model(**inputs, pixel_values=batch["pixels"]).logits_per_image.argmax(1)
+    nearest = model(**inputs, pixel_values=pixel_values(batch["pixels"])).logits_per_image.argmax(1)
     return {"accuracy": (torch.stack(list(captions.values()))[nearest] == groups).float().mean().item()}
 
 
@@ -173,7 +173,7 @@ def main(config: Config):
     batches = make_loader(rows, transform, config.batch_size, config.seed, **rank)
     for step, batch in enumerate(itertools.islice(batches, config.steps), start=1):
         inputs = tokenizer(batch["caption"], padding="max_length", truncation=True, return_tensors="pt")
-        inputs["pixel_values"] = batch["pixels"]
+        inputs["pixel_values"] = pixel_values(batch["pixels"])
         logits = model(**inputs.to(accelerator.device)).logits_per_text
         loss = contrastive_loss(logits, match_groups(batch).to(accelerator.device))
         accelerator.backward(loss)

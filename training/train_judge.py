@@ -30,7 +30,7 @@ from improved_ldm.bounds import (
 )
 from improved_ldm.data.loader import make_loader, make_pass
 from improved_ldm.data.sources import open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.exits import exit_on_error
 from improved_ldm.naming import naming_keys
@@ -77,7 +77,7 @@ class Config(Section):
 
 def with_mirror_images(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pixels, labels and orientations of a batch and of its mirror images."""
-    pixels = torch.cat([batch["pixels"], batch["pixels"].flip(-1)])
+    pixels = pixel_values(torch.cat([batch["pixels"], batch["pixels"].flip(-1)]))
     flips = torch.arange(2).repeat_interleave(len(batch["label"]))
     return pixels, batch["label"].repeat(2), flips
 

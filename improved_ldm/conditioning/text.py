@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TextPadding = Literal["zero", "mask", "replicate", "noisy_replicate"]
@@ -53,18 +52,6 @@ class TextTokens:
     def to(self, device: torch.device | str) -> "TextTokens":
         """Move the tokens to a device."""
         return self._map(lambda value: value.to(device))
-
-    def own_first(self) -> "TextTokens":
-        """The prompts with their own tokens first, in order, also if the text encoder pads on the left."""
-        order = torch.argsort((~self.attention_mask).int(), dim=1, stable=True)
-        hidden_states = self.hidden_states.gather(1, order[..., None].expand_as(self.hidden_states))
-        return TextTokens(hidden_states, self.attention_mask.gather(1, order), self.pooled)
-
-    def extended(self, length: int) -> "TextTokens":
-        """The prompts with zeros after their last token, up to a length in tokens."""
-        more = length - self.hidden_states.shape[1]
-        hidden_states = nn.functional.pad(self.hidden_states, (0, 0, 0, more))
-        return TextTokens(hidden_states, nn.functional.pad(self.attention_mask, (0, more)), self.pooled)
 
     @classmethod
     def concatenate(cls, parts: "list[TextTokens]") -> "TextTokens":
@@ -164,7 +151,8 @@ def pad_tokens(
     hidden_states, attention_mask = tokens.hidden_states, tokens.attention_mask
     length = hidden_states.shape[1]
     position = torch.arange(length, device=hidden_states.device)
-    hidden_states = tokens.own_first().hidden_states
+    own_first = torch.argsort((~attention_mask).int(), dim=1, stable=True)  # for encoders that pad on the left
+    hidden_states = hidden_states.gather(1, own_first[..., None].expand_as(hidden_states))
     is_own = own_positions(attention_mask)
     count = is_own.sum(1, keepdim=True)  # (batch, 1), n own tokens
 

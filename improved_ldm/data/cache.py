@@ -1,29 +1,33 @@
-"""The cache of latents and text tokens: encoded once, in half precision, and read in any order."""
+"""The cache of latents, text tokens, classes and controls: shards on disk, and batches of their rows."""
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
-from improved_ldm.conditioning.text import TextTokens, own_positions, unique_prompts
+from improved_ldm.conditioning.text import own_positions, unique_prompts
+from improved_ldm.data.columns import Column, TextColumn
 from improved_ldm.data.fingerprint import file_stamp, place_files
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
 from improved_ldm.data.order import BatchPlan, PlannedBatch
 from improved_ldm.manifest import find_damage, has_manifest, write_manifest
 from improved_ldm.output import writing
+from improved_ldm.provenance import write_json
 
+CacheDtype = Literal["fp16", "fp32"]
+DESCRIPTION = "cache.json"
 ROWS_PER_SHARD = 4096
 CAPTIONS_AT_ONCE = 256
-DESCRIPTION = "cache.json"  # what a cache was made from
-PER_ROW = ("control", "class_labels")
 
 
 def cache_name(description: dict[str, Any], places: list[str]) -> str:
@@ -39,77 +43,86 @@ def cache_name(description: dict[str, Any], places: list[str]) -> str:
 
 
 def write_cache(
-    folder: Path, batches: Iterable[dict[str, Any]], encoder: SampleEncoder, rank: int = 0, in_half: bool = True
+    folder: Path,
+    batches: Iterable[dict[str, Any]],
+    encoder: SampleEncoder,
+    rank: int = 0,
+    dtype: CacheDtype = "fp16",
 ):
-    """Encode batches into the shards of one rank; a shard holds latents of one size, and equal captions once.
+    """Encode batches into the shards of one rank, each of one latent shape.
+
+    Equal captions are stored once per shard, and of each only its own tokens.
 
     Args:
         folder: existing folder for the shards.
-        batches: batches from `make_pass`, a finite number.
+        batches: batches from `make_loader`, a finite number.
         encoder: encoder of the batches.
         rank: rank of this process, which is part of the shards' names.
-        in_half: store latents and text in half precision.
+        dtype: precision of latents and text. With `fp16`, a tensor with values beyond its range is stored as bfloat16.
 
     Raises:
         OutputError: if a shard cannot be written.
     """
-    waiting, shards = defaultdict(list), 0
+    pending: dict[torch.Size, list[dict[str, Any]]] = {}
+    numbers = itertools.count()
 
-    def write(batches: list[dict[str, Any]]):
-        nonlocal shards
-        file = folder / f"rank{rank:04d}-shard{shards:05d}.safetensors"
-        tensors = _pack(batches, encoder, in_half)
+    def write(parts: list[dict[str, Any]]):
+        file = folder / f"rank{rank:04d}-shard{next(numbers):05d}.safetensors"
+        tensors = _pack(parts, encoder, dtype)
         with writing(file):
             save_file(tensors, file)
-        shards += 1
 
     for batch in batches:
-        latents = encoder.latents(batch.pop("pixels"), batch["seed"]).cpu()
-        of_size = waiting[latents.shape[1:]]
-        of_size.append({**batch, "latents": latents})
-        if sum(len(part["control"]) for part in of_size) >= ROWS_PER_SHARD:
-            write(waiting.pop(latents.shape[1:]))
-    for of_size in waiting.values():
-        write(of_size)
+        latents = _stored(encoder.latents(batch.pop("pixels"), batch["seed"]), dtype).cpu()
+        parts = pending.setdefault(latents.shape[1:], [])
+        parts.append({**batch, "latents": latents})
+        if sum(len(part["control"]) for part in parts) >= ROWS_PER_SHARD:
+            write(pending.pop(latents.shape[1:]))
+    for parts in pending.values():
+        write(parts)
 
 
-def _pack(batches: list[dict[str, Any]], encoder: SampleEncoder, in_half: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a shard: those of an `EncodedBatch`, with the own tokens of all captions joined."""
+def _stored(values: torch.Tensor, dtype: CacheDtype) -> torch.Tensor:
+    """Values in the precision of a cache; NaN and infinity stay as they are."""
+    if dtype == "fp32":
+        return values.float()
+    largest = values.detach().float().abs().nan_to_num(0, 0).amax()
+    return values.to(torch.bfloat16 if largest > torch.finfo(torch.float16).max else torch.float16)
+
+
+def _pack(batches: list[dict[str, Any]], encoder: SampleEncoder, dtype: CacheDtype) -> dict[str, torch.Tensor]:
+    """The tensors of a shard."""
 
     def joined(name: str) -> torch.Tensor:
         return torch.cat([batch[name] for batch in batches]).contiguous()
 
-    latents, control, seeds = map(joined, ("latents", "control", "seed"))
-    sources = torch.cat([batch.get("source", torch.zeros_like(batch["seed"])) for batch in batches])
-    tensors = {"latents": latents, "control": control, "seed": seeds, "source": sources}
+    parts = [batch["latents"] for batch in batches]
+    one_dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.bfloat16
+    latents = torch.cat([part.to(one_dtype) for part in parts]).contiguous()
+    tensors = {"latents": latents, "control": joined("control"), "seed": joined("seed")}
+    sources = [batch.get("source", torch.zeros(len(batch["seed"]))) for batch in batches]
+    tensors["source"] = torch.cat(sources).to(torch.int32)
     if encoder.text_encoder is None:
-        tensors["class_labels"] = joined("label")
-    else:
-        captions, index = unique_prompts([caption for batch in batches for caption in batch["caption"]])
-        parts = [encoder.text(captions[i : i + CAPTIONS_AT_ONCE]) for i in range(0, len(captions), CAPTIONS_AT_ONCE)]
-        tensors |= {"text_index": index, **own_tokens(TextTokens.concatenate(parts).to("cpu"))}
-    halved = ("latents", "text.hidden_states", "text.pooled") if in_half else ()
-    return {name: _half(value) if name in halved else value for name, value in tensors.items()}
+        return tensors | {"class_labels": joined("label")}
+    captions, index = unique_prompts([caption for batch in batches for caption in batch["caption"]])
+    return tensors | {"text_index": index} | _pack_text(captions, encoder, dtype)
 
 
-def own_tokens(text: TextTokens) -> dict[str, torch.Tensor]:
-    """The own tokens of prompts, one after the other, and how many each prompt has.
-
-    A prompt without a token of its own keeps its first one, which `pad_tokens` reads then.
-    """
-    first = text.own_first()
-    kept = own_positions(text.attention_mask)
+def _pack_text(captions: list[str], encoder: SampleEncoder, dtype: CacheDtype) -> dict[str, torch.Tensor]:
+    """The tokens of captions one after the other, where each one begins, and their pooled vectors."""
+    states, counts, pooled = [], [], []
+    for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+        text = encoder.text(captions[start : start + CAPTIONS_AT_ONCE])
+        is_own = text.attention_mask | (own_positions(text.attention_mask) & ~text.attention_mask.any(1, keepdim=True))
+        states.append(text.hidden_states[is_own].cpu())
+        counts.append(is_own.sum(1).cpu())
+        pooled.append(text.pooled.cpu())
     return {
-        "text.hidden_states": first.hidden_states[kept],
-        "text.counts": text.attention_mask.sum(1),
-        "text.pooled": text.pooled,
+        "text.hidden_states": _stored(torch.cat(states), dtype),
+        "text.offsets": F.pad(torch.cat(counts).cumsum(0), (1, 0)),
+        "text.length": torch.tensor(text.hidden_states.shape[1]),
+        "text.pooled": _stored(torch.cat(pooled), dtype),
     }
-
-
-def _half(values: torch.Tensor) -> torch.Tensor:
-    """The values in float16, or in bfloat16 if some are beyond its range."""
-    fits = not values.numel() or values.abs().max() <= torch.finfo(torch.float16).max
-    return values.to(torch.float16 if fits else torch.bfloat16).contiguous()
 
 
 def write_skipped_rows(folder: Path, skipped: dict[str, int], rank: int = 0):
@@ -122,14 +135,11 @@ class LatentCache:
     """Random access to the rows that `write_cache` wrote; the files are mapped, not read into memory.
 
     The rows are in the order of their seeds, which does not depend on the processes that wrote them.
+    `skipped_rows` counts the rows of the set that are not in the cache, by reason. `groups`, (rows,) int, is the
+    number of each row's latent shape in `shapes`; `sources`, (rows,) int, is the number of the set of each row.
 
     Args:
         folder: folder of the shards.
-
-    Attributes:
-        groups: (rows,) int, number of the latents' size of each row; rows of one group fit into one batch.
-        sources: (rows,) int, number of the set that each row is from.
-        skipped_rows: number of rows of the sets that are not in the cache, by reason.
 
     Raises:
         ValueError: if the folder holds no shards.
@@ -140,62 +150,35 @@ class LatentCache:
         if not shards:
             raise ValueError(f"the cache {folder} holds no shards.")
         sizes = [len(shard["latents"]) for shard in shards]
-        order = np.argsort(np.concatenate([shard.pop("seed").numpy() for shard in shards]), kind="stable")
-        self._shard = np.repeat(np.arange(len(shards)), sizes)[order]
-        self._place = np.concatenate([np.arange(size) for size in sizes])[order]
-        shapes = [tuple(shard["latents"].shape[1:]) for shard in shards]
-        self.groups = np.array([sorted(set(shapes)).index(shape) for shape in shapes])[self._shard]
-        self.sources = np.concatenate([shard.pop("source").numpy() for shard in shards])[order]
-        self._shards = [_Shard(shard) for shard in shards]
+        order = torch.cat([shard["seed"] for shard in shards]).argsort(stable=True)
+        self.shard_of = np.repeat(np.arange(len(shards)), sizes)[order]
+        self.row_of = np.concatenate([np.arange(size) for size in sizes])[order]
+        self.shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})
+        group_of_shard = np.array([self.shapes.index(tuple(shard["latents"].shape[1:])) for shard in shards])
+        self.groups = group_of_shard[self.shard_of]
+        # what is small is in memory; the rest is mapped
+        self.small = {
+            name: torch.cat([shard[name] for shard in shards])[order]
+            for name in ("control", "class_labels", "source", "text_index")
+            if name in shards[0]
+        }
+        self.sources = self.small.pop("source").numpy().astype(np.int64)
+        self.text_index = self.small.pop("text_index", None)
+        self.latents = Column([shard["latents"] for shard in shards])
+        self.text = None if self.text_index is None else TextColumn(shards)
         counts = (json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("*-skipped.json"))
         self.skipped_rows = dict(sum(map(Counter, counts), Counter()))
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self.groups)
 
-    def rows(self, indices: torch.Tensor | np.ndarray) -> EncodedBatch:
-        """The rows at the given indices, (batch,) int, all of one group, in the same order.
-
-        Latents and text are in the precision in which they are stored; the text is as long as the longest of these
-        prompts.
-        """
-        places = list(zip(self._shard[indices].tolist(), self._place[indices].tolist(), strict=True))
-        rows = [(self._shards[shard], place) for shard, place in places]
-        named = {
-            name: torch.stack([shard.tensors[name][place] for shard, place in rows]) for name in rows[0][0].per_row
-        }
-        if rows[0][0].has_text:
-            named |= _joined_text([shard.text(place) for shard, place in rows])
-        return EncodedBatch.from_tensors(named)
-
-
-class _Shard:
-    """The tensors of a shard, and where the tokens of each prompt are."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-        self.per_row = [name for name in ("latents", *PER_ROW) if name in tensors]
-        self.has_text = "text_index" in tensors
-        if self.has_text:
-            self.index, self.counts = tensors["text_index"].tolist(), tensors["text.counts"].tolist()
-            self.ends = np.cumsum([max(1, count) for count in self.counts]).tolist()
-
-    def text(self, place: int) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """The stored tokens of a row's prompt (tokens, text_dim), how many are its own, and the pooled vector."""
-        prompt = self.index[place]
-        start = self.ends[prompt - 1] if prompt else 0
-        hidden_states = self.tensors["text.hidden_states"][start : self.ends[prompt]]
-        return hidden_states, self.counts[prompt], self.tensors["text.pooled"][prompt]
-
-
-def _joined_text(prompts: list[tuple[torch.Tensor, int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Prompts as tensors of an `EncodedBatch`, with zeros after the tokens of the shorter ones."""
-    hidden_states, counts, pooled = zip(*prompts, strict=True)
-    if len({tokens.dtype for tokens in hidden_states}) > 1:  # from shards of both kinds of half precision
-        hidden_states = [tokens.float() for tokens in hidden_states]
-    padded = torch.nn.utils.rnn.pad_sequence(hidden_states, batch_first=True)
-    mask = torch.arange(padded.shape[1]) < torch.tensor(counts)[:, None]
-    return {"text.hidden_states": padded, "text.attention_mask": mask, "text.pooled": torch.stack(pooled)}
+    def rows(self, indices: torch.Tensor) -> EncodedBatch:
+        """The rows at the given indices, (batch,) int, in the same order; all of one group."""
+        shard_of, row_of = (places[indices.numpy()].tolist() for places in (self.shard_of, self.row_of))
+        small = {name: values[indices] for name, values in self.small.items()}
+        latents = self.latents.rows(shard_of, row_of)
+        text = None if self.text is None else self.text.rows(shard_of, self.text_index[indices].tolist())
+        return EncodedBatch(latents, small["control"], text, small.get("class_labels"))
 
 
 class CachedLoader:
@@ -228,7 +211,7 @@ class CachedLoader:
         for batch in self.plan:
             if (self.plan.batches - 1) % self.world_size == self.rank:
                 self.given.update(batch.sources.tolist())
-                yield self.cache.rows(self._numbers(batch))
+                yield self.cache.rows(torch.from_numpy(self._numbers(batch)))
 
     def _numbers(self, batch: PlannedBatch) -> np.ndarray:
         """The numbers in the cache, (batch,) int, of the rows of a batch."""
@@ -283,3 +266,26 @@ def find_cache_damage(folder: Path) -> str | None:
         except (OSError, SafetensorError) as error:
             return f"{shard.name} cannot be read ({error})"
     return None if shards else "it holds no shards"
+
+
+def write_description(folder: Path, description: dict[str, Any]):
+    """Record in a cache what it was made from."""
+    write_json(folder / DESCRIPTION, description)
+
+
+def description_differences(folder: Path, needed: dict[str, Any]) -> list[str]:
+    """What a cache was made from that differs from what a run needs, as one phrase per key.
+
+    Raises:
+        ValueError: if the cache does not say what it was made from.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise ValueError(f"it has no {DESCRIPTION}, which says what it was made from")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    needed = json.loads(json.dumps(needed))  # tuples become lists
+    return [
+        f"`{key}` is {found.get(key)!r}; the run needs {value!r}"
+        for key, value in needed.items()
+        if found.get(key) != value
+    ]

@@ -3,7 +3,6 @@
 from pathlib import Path
 from random import Random
 
-import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
@@ -121,8 +120,7 @@ def _cropped(seen: Seen) -> Image.Image:
 
 
 def _sample(seen: Seen) -> Image.Image:
-    pixels = ((seen.pixels.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255)
-    return _fitted(Image.fromarray(pixels.astype(np.uint8)))
+    return _fitted(Image.fromarray(seen.pixels.permute(1, 2, 0).contiguous().numpy()))
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -10,9 +10,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from improved_ldm.autoencoder import encode_images
 from improved_ldm.conditioning.text import TextTokens, encode_prompts
+from improved_ldm.data.transforms import pixel_values
 
-ROWS_PER_SHARD = 4096
-CAPTIONS_AT_ONCE = 256
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """The prompts' own tokens alone, one prompt after the other, as a cache stores them.
+
+    Args:
+        hidden_states: (own tokens of all prompts, text_dim).
+        counts: (batch,) int, number of own tokens of each prompt.
+        pooled: (batch, pooled_dim).
+        length: tokens per prompt when they are padded.
+    """
+
+    hidden_states: torch.Tensor
+    counts: torch.Tensor
+    pooled: torch.Tensor
+    length: int
+
+    def padded(self, device: torch.device | str) -> TextTokens:
+        """The prompts on a device, with zeros after their own tokens."""
+        states, counts, pooled = (
+            value.to(device, non_blocking=True) for value in (self.hidden_states, self.counts, self.pooled)
+        )
+        mask = torch.arange(self.length, device=device) < counts[:, None]
+        padded = states.new_zeros(*mask.shape, states.shape[1]).masked_scatter(mask[..., None], states)
+        return TextTokens(padded, mask, pooled)
 
 
 @dataclass(frozen=True)
@@ -22,13 +46,13 @@ class EncodedBatch:
     Args:
         latents: (batch, latent_channels, height, width).
         control: (batch, `NUM_CONTROL`) float32.
-        text: tokens of the captions, for a text-conditional model.
+        text: tokens of the captions, for a text-conditional model; from a cache, only their own until `to`.
         class_labels: (batch,) int, for a class-conditional model.
     """
 
     latents: torch.Tensor
     control: torch.Tensor
-    text: TextTokens | None = None
+    text: TextTokens | OwnTokens | None = None
     class_labels: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -49,15 +73,13 @@ class EncodedBatch:
         text = {name.removeprefix("text."): value for name, value in named.items() if name.startswith("text.")}
         return cls(named["latents"], named["control"], TextTokens(**text) if text else None, named.get("class_labels"))
 
-    def to(self, device: torch.device) -> "EncodedBatch":
-        """The batch on a device."""
-        return self.from_tensors({name: value.to(device, non_blocking=True) for name, value in self.tensors().items()})
-
-    def whole(self, max_tokens: int) -> "EncodedBatch":
-        """The batch in float32, with the text as long as the text encoder's, after it was read from a cache."""
-        named = {name: value.float() if value.is_floating_point() else value for name, value in self.tensors().items()}
-        batch = self.from_tensors(named)
-        return batch if batch.text is None else replace(batch, text=batch.text.extended(max_tokens))
+    def to(self, device: torch.device | str) -> "EncodedBatch":
+        """The batch on a device; what was encoded or stored in half precision becomes float32 there."""
+        whole = replace(self, text=self.text.padded(device)) if isinstance(self.text, OwnTokens) else self
+        moved = {name: value.to(device, non_blocking=True) for name, value in whole.tensors().items()}
+        return self.from_tensors(
+            {name: value.float() if value.is_floating_point() else value for name, value in moved.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +106,8 @@ class SampleEncoder:
         return EncodedBatch(latents, batch["control"], self.text(batch["caption"]))
 
     def latents(self, pixels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """(batch, latent_channels, height, width) latents of (batch, 3, height, width) pixels and (batch,) seeds."""
-        return encode_images(self.vae, pixels, seeds=seeds)
+        """(batch, latent_channels, height, width) of (batch, 3, height, width) uint8 pixels and (batch,) seeds."""
+        return encode_images(self.vae, pixel_values(pixels.to(self.vae.device, non_blocking=True)), seeds=seeds)
 
     def text(self, captions: list[str]) -> TextTokens:
         """The tokens of captions."""
@@ -104,7 +126,8 @@ class EncodingLoader:
         self.loader, self.encoder = loader, encoder
 
     def __iter__(self) -> Iterator[EncodedBatch]:
-        return map(self.encoder, self.loader)
+        for batch in self.loader:
+            yield self.encoder(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the loader."""

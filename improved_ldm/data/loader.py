@@ -71,7 +71,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         samples: dicts of pixels, control, caption, label, seed and source, one per sample.
 
     Returns:
-        pixels: (batch, 3, height, width) float32 in [-1, 1].
+        pixels: (batch, 3, height, width) uint8.
         control: (batch, `NUM_CONTROL`) float32.
         caption: list of strings; absent if captions are not read.
         label: (batch,) int64; absent if labels are not read.

@@ -1,115 +1,116 @@
-"""Prepares batches in a background thread while the model trains on earlier ones."""
+"""Batches that are prepared in the background while the device trains on earlier ones."""
 
-import contextlib
+import copy
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
-from improved_ldm.data.latents import EncodedBatch
-from improved_ldm.data.retries import LONGEST_DEAFNESS, stop_retrying
+from improved_ldm.data.cache import CachedLoader
+from improved_ldm.data.latents import EncodedBatch, EncodingLoader
+from improved_ldm.data.retries import stop_retrying
 
-LONGEST_END = 30  # seconds that the end of a run waits for the thread
-
-
-class Batches(Protocol):
-    """An endless loader that can resume at the next batch."""
-
-    def __iter__(self) -> Iterator[EncodedBatch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]): ...
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch on the device, the state of the loader after it, and the CUDA event that marks its completion."""
-
-    batch: EncodedBatch | None = None
-    state: dict[str, Any] | None = None
-    event: torch.cuda.Event | None = None
-    error: BaseException | None = None
+ENDING = 5.0  # seconds that a thread has to end
+POLL = 0.1  # seconds after which a waiting thread looks whether it is to end
 
 
 class Prefetcher:
-    """The batches of a loader in the same order, prepared ahead in a thread; errors are raised at their batch.
+    """Prepares the next batches of a loader in a thread; their order and the state are those of the loader.
 
-    The state is that after the last batch that was given, regardless of those that are prepared.
+    An error of the loader is raised at the batch at which it arose. On a GPU the batches are encoded and copied on a
+    stream of their own.
 
     Args:
-        batches: the loader.
-        count: number of batches that are prepared ahead, at least 1.
-        device: device of the batches; on a GPU they are prepared on a stream of their own.
+        loader: the loader.
+        ahead: number of batches that are prepared ahead, at least 1.
+        device: device that the batches are moved to.
     """
 
-    def __init__(self, batches: Batches, count: int, device: torch.device):
-        self.batches, self.count, self.device = batches, count, device
+    def __init__(self, loader: CachedLoader | EncodingLoader, ahead: int, device: torch.device):
+        self.loader, self.ahead, self.device = loader, ahead, device
         self._state: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[EncodedBatch]:
-        prepared, ended = queue.Queue(self.count), threading.Event()
-        thread = threading.Thread(target=self._prepare, args=(prepared, ended), daemon=True)
+        """The batches; when the iterator is closed, the thread ends."""
+        ready: queue.Queue = queue.Queue(self.ahead)
+        stop = threading.Event()
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        settings = (ready, stop, stream, torch.get_num_threads())
+        thread = threading.Thread(target=self._prepare, args=settings, name="prefetch", daemon=True)
         thread.start()
         try:
             while True:
-                item = _received(prepared)
-                if item.error is not None:
-                    raise item.error
-                self._state = item.state
-                yield self._on_this_stream(item)
+                batch, state, done = _next(ready)
+                if isinstance(batch, BaseException):
+                    raise batch
+                if batch is None:
+                    return
+                if stream is not None:
+                    _hand_over(batch, done, self.device)
+                self._state = state
+                yield batch
         finally:
-            ended.set()
+            stop.set()
             stop_retrying()
-            thread.join(LONGEST_END)
+            thread.join(ENDING)  # it may be waiting for the network
+
+    def _prepare(self, ready: queue.Queue, stop: threading.Event, stream: "torch.cuda.Stream | None", threads: int):
+        """Fill the queue with batches, the state after each, and the event that marks a batch's end on the stream."""
+        torch.set_num_threads(threads)  # which a new thread does not inherit
+        batches, item = iter(self.loader), (None, None, None)
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                while not stop.is_set():
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    batch = batch.to(self.device)
+                    item = (
+                        batch,
+                        copy.deepcopy(self.loader.state_dict()),
+                        None if stream is None else stream.record_event(),
+                    )
+                    _put(ready, item, stop)
+                    item = (None, None, None)
+        except BaseException as error:  # raised where the batch is needed
+            item = (error, None, None)
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()  # in the thread that has run it
+        _put(ready, item, stop)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the loader after the last batch that was given."""
-        return self.batches.state_dict() if self._state is None else self._state
+        return self.loader.state_dict() if self._state is None else self._state
 
     def load_state_dict(self, state: dict[str, Any]):
         """Start the next iteration where `state_dict` was taken."""
-        self.batches.load_state_dict(state)
-        self._state = None
-
-    def _prepare(self, prepared: queue.Queue, ended: threading.Event):
-        """Put batches into the queue until the run ends or a batch fails."""
-        is_cuda = self.device.type == "cuda"
-        stream = torch.cuda.Stream(self.device) if is_cuda else None
-        try:
-            with torch.cuda.stream(stream) if is_cuda else contextlib.nullcontext():
-                for batch in self.batches:
-                    on_device = batch.to(self.device)
-                    event = stream.record_event() if is_cuda else None
-                    if not _sent(prepared, _Prepared(on_device, self.batches.state_dict(), event), ended):
-                        return
-        except BaseException as error:
-            _sent(prepared, _Prepared(error=error), ended)
-
-    def _on_this_stream(self, item: _Prepared) -> EncodedBatch:
-        """The batch, after this thread's stream was told to wait for it."""
-        if item.event is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(item.event)
-            for tensor in item.batch.tensors().values():
-                tensor.record_stream(stream)  # its memory is not reused before this stream has read it
-        return item.batch
+        self.loader.load_state_dict(state)
+        self._state = state
 
 
-def _received(prepared: queue.Queue) -> _Prepared:
-    """The next item. The waits are short, because a signal that comes as one starts is handled only at its end."""
+def _next(ready: queue.Queue) -> tuple:
     while True:
-        with contextlib.suppress(queue.Empty):
-            return prepared.get(timeout=LONGEST_DEAFNESS)
+        try:
+            return ready.get(timeout=POLL)  # a signal is handled between two waits
+        except queue.Empty:
+            continue
 
 
-def _sent(prepared: queue.Queue, item: _Prepared, ended: threading.Event) -> bool:
-    """Put an item into the queue when there is room; False if the run ends before."""
-    while not ended.is_set():
-        with contextlib.suppress(queue.Full):
-            prepared.put(item, timeout=LONGEST_DEAFNESS)
-            return True
-    return False
+def _put(ready: queue.Queue, item: tuple, stop: threading.Event):
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=POLL)
+        except queue.Full:
+            continue
+
+
+def _hand_over(batch: EncodedBatch, done: "torch.cuda.Event", device: torch.device):
+    """Let the stream of training wait for a batch, whose memory is kept until that stream has used it."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(done)
+    for tensor in batch.tensors().values():
+        tensor.record_stream(stream)

@@ -86,9 +86,16 @@ MEASURES: dict[str, Callable[[Image.Image], Any]] = {"colour": colour_statistics
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image as a (3, height, width) float32 tensor in [-1, 1]."""
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
-    return torch.from_numpy(pixels / np.float32(127.5) - np.float32(1))
+    """An RGB image as a (3, height, width) uint8 tensor."""
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def pixel_values(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels as float32 in [-1, 1], on their device.
+
+    Both steps are rounded alike on every device: a division by a number could become a product on a GPU.
+    """
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ class ImageTransform:
             image_size: (height, width) of the original image, pixels, if it was decoded at a reduced size.
 
         Returns:
-            pixels: (3, height, width) float32 in [-1, 1].
+            pixels: (3, height, width) uint8; `pixel_values` makes them numbers in [-1, 1].
             control: the record; `render` makes the same pixels from it.
         """
         control = self.sample_control(image_size or (image.height, image.width), rng)

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import Rows, open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.networks import load_judge
 from improved_ldm.evaluation.probe import CORNERS, CROPS, CropProbe, cropped
@@ -56,7 +56,7 @@ def load_real_images(rows: Rows, resolution: int, count: int) -> RealImages:
     loader = make_pass(rows, ImageTransform(resolution), BATCH_SIZE)
     batches = list(islice(loader, -(-count // BATCH_SIZE)))
     return RealImages(
-        torch.cat([batch["pixels"] for batch in batches])[:count],
+        pixel_values(torch.cat([batch["pixels"] for batch in batches])[:count]),
         torch.cat([batch["label"] for batch in batches])[:count],
         [caption for batch in batches for caption in batch["caption"]][:count],
         rows.class_names,

@@ -10,8 +10,7 @@ import torch
 
 from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import Rows, open_rows
-from improved_ldm.data.transforms import RESAMPLING, ImageTransform
-from improved_ldm.evaluation.networks import to_bytes
+from improved_ldm.data.transforms import RESAMPLING, ImageTransform, pixel_values
 from improved_ldm.evaluation.processes import own_batches
 from improved_ldm.places import shareable_place
 
@@ -56,7 +55,7 @@ class Reference:
         own = {numbers.start for numbers in own_batches(self.images, batch_size)}
         for number, batch in enumerate(_read(self.rows, self.transform, self.images, batch_size)):
             if number * batch_size in own:
-                yield batch["pixels"]
+                yield pixel_values(batch["pixels"])
 
     def record(self) -> dict[str, Any]:
         """Everything that identifies the images, for the record of an evaluation."""
@@ -95,7 +94,7 @@ def open_reference(
         images += len(batch["pixels"])
         captions += batch.get("caption", [])
         labels += batch["label"].tolist() if "label" in batch else []
-        digest.update(to_bytes(batch["pixels"]).numpy().tobytes())
+        digest.update(batch["pixels"].numpy().tobytes())
     return Reference(rows, transform, source, split, images, digest.hexdigest(), captions or None, labels or None)
 
 

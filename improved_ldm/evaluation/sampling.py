@@ -15,7 +15,7 @@ from tqdm import tqdm
 from improved_ldm.conditioning.control import CONTROL_INPUTS
 from improved_ldm.data.image_folder import read_metadata
 from improved_ldm.data.images import read_image
-from improved_ldm.data.transforms import to_pixels
+from improved_ldm.data.transforms import pixel_values, to_pixels
 from improved_ldm.evaluation.networks import weights_sha256
 from improved_ldm.evaluation.processes import own_batches, rank_and_world_size
 from improved_ldm.pipeline import ImprovedLDMPipeline
@@ -238,7 +238,8 @@ class Samples:
 
     def pixels(self, numbers: range) -> torch.Tensor:
         """Some of the images as (batch, 3, height, width) in [-1, 1]."""
-        return torch.stack([to_pixels(read_image(self.files[number].read_bytes())[0]) for number in numbers])
+        images = [to_pixels(read_image(self.files[number].read_bytes())[0]) for number in numbers]
+        return pixel_values(torch.stack(images))
 
 
 def open_samples(folder: Path, count: int | None = None) -> Samples:

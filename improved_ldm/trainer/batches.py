@@ -2,26 +2,33 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from improved_ldm.autoencoder import encoding_copy
 from improved_ldm.data.cache import CachedLoader, LatentCache
 from improved_ldm.data.fingerprint import data_changes, data_fingerprint
 from improved_ldm.data.indexed import index_lines
 from improved_ldm.data.latents import EncodingLoader, SampleEncoder
 from improved_ldm.data.loader import index_sources, make_loader
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.prefetch import Batches, Prefetcher
+from improved_ldm.data.prefetch import Prefetcher
 from improved_ldm.data.transforms import MEASURES, ImageTransform
 from improved_ldm.provenance import write_text
-from improved_ldm.trainer.caching import cache_folder
+from improved_ldm.trainer.caching import filled_cache
 from improved_ldm.trainer.checkpoints import DATA, kept_file
+from improved_ldm.trainer.components import compute_dtype, in_dtype
 from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.data import run_buckets
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
 
 
-def open_batches(run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str] = ()) -> Batches:
+def open_batches(
+    run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str] = ()
+) -> CachedLoader | EncodingLoader | Prefetcher:
     """The loader of one rank's training batches; prints what is read.
 
     Args:
@@ -37,6 +44,23 @@ def open_batches(run: Run, mixture: Mixture, encoder: SampleEncoder, control_inp
         ValueError: if the run resumes and its data has changed.
         OutputError: if a cache cannot be written.
     """
+    device, config = run.accelerator.device, run.config
+    encoder = replace(encoder, vae=encoding_copy(encoder.vae, compute_dtype(config.autoencoder.dtype, device)))
+    if _is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
+        return _open_loader(run, mixture, encoder, control_inputs)
+    text_encoder = in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device))
+    loader = _open_loader(run, mixture, replace(encoder, text_encoder=text_encoder), control_inputs)
+    return Prefetcher(loader, config.training.prefetch, device) if config.training.prefetch else loader
+
+
+def _is_trained(text_encoder: PreTrainedModel | None) -> bool:
+    """Whether a text encoder has an adapter that is trained with the denoiser."""
+    return text_encoder is not None and any(parameter.requires_grad for parameter in text_encoder.parameters())
+
+
+def _open_loader(
+    run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str]
+) -> CachedLoader | EncodingLoader:
     config, accelerator = run.config, run.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
     on_main_process(lambda: _check_same_data(run, mixture))
@@ -44,9 +68,8 @@ def open_batches(run: Run, mixture: Mixture, encoder: SampleEncoder, control_inp
         run.say(description)
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes or config.cache.pretrained:
-        cache = LatentCache(cache_folder(run, mixture, encoder, transform, buckets))
-        loader = CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
-        return _prepared_ahead(run, loader, encoder)
+        cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
+        return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
     indexed = index_sources(mixture, buckets)
     for source, found in zip(mixture.sources, indexed or (), strict=False):
         for line in index_lines(source.name, found, buckets, config.training.batch_size):
@@ -63,15 +86,7 @@ def open_batches(run: Run, mixture: Mixture, encoder: SampleEncoder, control_inp
         buckets=buckets,
         indexed=indexed,
     )
-    return _prepared_ahead(run, EncodingLoader(loader, encoder), encoder)
-
-
-def _prepared_ahead(run: Run, batches: Batches, encoder: SampleEncoder) -> Batches:
-    """The batches, some of them prepared ahead, unless they are encoded by a text encoder that is being trained."""
-    text_encoder = encoder.text_encoder
-    is_trained = text_encoder is not None and any(one.requires_grad for one in text_encoder.parameters())
-    count = 0 if is_trained else run.config.training.prefetch
-    return Prefetcher(batches, count, run.accelerator.device) if count else batches
+    return EncodingLoader(loader, encoder)
 
 
 def image_transform(config: SharedConfig, control_inputs: Collection[str] = ()) -> ImageTransform:

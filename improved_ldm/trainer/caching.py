@@ -1,8 +1,7 @@
-"""The cache of a run: found, taken over from elsewhere, or written before training."""
+"""The cache of a run: found, loaded or written."""
 
 import contextlib
 import glob
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ from tqdm import tqdm
 from improved_ldm.conditioning.control import CONTROL_LAYOUT
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.cache import (
-    DESCRIPTION,
     cache_name,
+    description_differences,
     find_cache_damage,
     publish_cache,
     write_cache,
+    write_description,
     write_skipped_rows,
 )
 from improved_ldm.data.latents import SampleEncoder
@@ -30,90 +30,78 @@ from improved_ldm.data.tally import skipped_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.naming import loading
 from improved_ldm.output import writing
-from improved_ldm.places import is_hub_id, resolve, shareable_place, shareable_record
-from improved_ldm.provenance import write_json
+from improved_ldm.places import is_hub_id, resolve, shareable_place
 from improved_ldm.seeds import derive_seed
-from improved_ldm.trainer.config import SharedConfig
+from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
 
 CACHE_BATCH_SIZE = 256
-UNREAD = {  # keys that the content of a cache does not depend on
-    "text": ("padding", "noise_scale"),
-    "data": ("accept_changes", "num_workers", "shuffle_window"),
-}
+FORMAT = 2  # of the shards; caches of another format are written anew
 
 
-def cache_folder(
+def filled_cache(
     run: Run, mixture: Mixture, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
 ) -> Path:
-    """The folder of a run's cache; one that is missing or damaged is written first.
+    """The folder of the cache of a run: a finished one, or its own, which is written if missing or damaged.
 
     Raises:
-        ValueError: if `cache.pretrained` does not load or was made with other settings.
-        OutputError: if the cache cannot be written.
+        ValueError: if a finished cache does not fit the run.
+        OutputError: if a cache cannot be written.
     """
-    if run.config.cache.pretrained is not None:
-        return on_main_process(lambda: _pretrained_cache(run, encoder, transform, buckets))
-    return _filled_cache(run, mixture, encoder, transform, buckets)
-
-
-def _pretrained_cache(run: Run, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None) -> Path:
-    """The folder of a finished cache, downloaded if it is on the Hub, after a check that it suits the run."""
-    place = run.config.cache.pretrained
-    with loading("cache.pretrained", place):
-        folder = Path(snapshot_download(place, repo_type="dataset") if is_hub_id(place) else place)
-        made_with = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    damage = find_cache_damage(folder)
-    if damage is not None:
-        raise ValueError(f"`cache.pretrained` is {place!r}, which is damaged: {damage}.")
-    needed = _needed_of_cache(run.config, encoder, transform, buckets)
-    differences = [
-        f"{name} is {made_with.get(name)!r}, the run has {value!r}"
-        for name, value in needed.items()
-        if made_with.get(name) != value
-    ]
-    if differences:
-        raise ValueError(f"`cache.pretrained` is {place!r}, which does not suit the run: {'; '.join(differences)}.")
-    run.say(f"training on the cache {shareable_place(place)}")
-    return folder
-
-
-def _needed_of_cache(
-    config: SharedConfig, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
-) -> dict[str, Any]:
-    """What a run needs its cache to hold, as JSON values that do not name local folders."""
-    has_text = encoder.text_encoder is not None
-    needed = {
-        "autoencoder": [config.autoencoder.pretrained, config.autoencoder.subfolder],
-        "text": [config.text.pretrained, config.text.max_tokens] if has_text else None,
-        "sizes": list(buckets.sizes if buckets else [transform.sample_size]),
-        "control": CONTROL_LAYOUT,
-        "measured": sorted(transform.measured),
-        "num_sources": len(config.data.places),
-    }
-    return json.loads(json.dumps(shareable_record(needed)))
-
-
-def _filled_cache(
-    run: Run, mixture: Mixture, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
-) -> Path:
-    """The folder of the cache of a configuration, which is written first if it is missing or damaged."""
     config = run.config
-    parts = config.model_dump(include={"seed", "data", "transform", "autoencoder", "text"})
-    for section, keys in UNREAD.items():
-        for key in keys:
-            del parts[section][key]
-    parts |= {"passes": config.cache.passes, "dtype": config.cache.dtype, "has_text": encoder.text_encoder is not None}
-    # a cache with other columns or in another format has another name, so it is not used
-    parts |= {"control": CONTROL_LAYOUT, "measured": sorted(transform.measured), "format": "own tokens"}
-    places = [*config.data.places, resolve(config.autoencoder.pretrained), resolve(config.text.pretrained)]
+    needed = _description(config, encoder, transform, buckets)
+    if config.cache.pretrained is not None:
+        return on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
+    parts = config.model_dump(include={"seed", "data", "transform"}) | needed
+    for key in ("accept_changes", "num_workers", "shuffle_window"):
+        del parts["data"][key]  # these do not change the content
+    parts |= {"passes": config.cache.passes, "dtype": config.cache.dtype, "order": "by seed"}
+    parts["encoded_in"] = [str(model.dtype) for model in (encoder.vae, encoder.text_encoder) if model is not None]
+    places = [*config.data.places, resolve(config.autoencoder.pretrained)]
+    if encoder.text_encoder is not None:
+        places.append(resolve(config.text.pretrained))
     parent = Path(config.cache.folder) if config.cache.folder else run.folder / "cache"
     folder = parent / cache_name(parts, places)
     if not on_main_process(lambda: _is_usable(folder, run)):
-        skipped, needed = {}, _needed_of_cache(config, encoder, transform, buckets)
-        _write_cache(folder, run, _passes(run, mixture, transform, buckets, skipped), skipped, encoder, needed)
+        passes = _passes(run, mixture, transform, buckets, skipped := {})
+        _write_cache(folder, run, passes, skipped, encoder, needed)
+    return folder
+
+
+def _description(
+    config: RunConfig, encoder: SampleEncoder, transform: ImageTransform, buckets: Buckets | None
+) -> dict[str, Any]:
+    """What the rows of a cache depend on besides the images; a cache with other values does not fit the run."""
+    autoencoder, text = config.autoencoder, config.text
+    described = {
+        "format": FORMAT,
+        "autoencoder": [shareable_place(autoencoder.pretrained), autoencoder.subfolder],
+        "text": None,
+        "sizes": list(buckets.sizes if buckets else [transform.sample_size]),
+        "sources": len(config.data.places),
+        "control": CONTROL_LAYOUT,
+        "measured": sorted(transform.measured),
+    }
+    if encoder.text_encoder is not None:
+        described["text"] = [shareable_place(text.pretrained), text.max_tokens]
+    return described
+
+
+def _pretrained(place: str, needed: dict[str, Any]) -> Path:
+    """The folder of a finished cache, which is downloaded if it is on the Hub.
+
+    Raises:
+        ValueError: if it is damaged, or does not fit the run.
+    """
+    with loading("cache.pretrained", place):
+        folder = Path(snapshot_download(place, repo_type="dataset") if is_hub_id(place) else place)
+        differences = description_differences(folder, needed)
+        if differences:
+            raise ValueError("; ".join(differences))
+        if damage := find_cache_damage(folder):
+            raise ValueError(f"it is damaged: {damage}")
     return folder
 
 
@@ -132,31 +120,20 @@ def _is_usable(folder: Path, run: Run) -> bool:
 def _write_cache(
     folder: Path,
     run: Run,
-    passes: Iterator[dict[str, Any]],
+    passes: Iterator,
     skipped: dict[str, int],
     encoder: SampleEncoder,
-    needed: dict[str, Any],
+    description: dict[str, Any],
 ):
-    """Encode a cache in a folder of this run's own, and rename it when it is complete.
-
-    Args:
-        folder: folder of the complete cache.
-        run: configuration and processes.
-        passes: batches of images.
-        skipped: numbers of skipped rows, which `passes` fills.
-        encoder: encoder of the batches.
-        needed: what a run needs to find in the cache.
-    """
+    """Encode a cache in a folder of this run's own, and rename it when it is complete."""
     accelerator = run.accelerator
     unfinished = on_main_process(lambda: _begin_cache(folder, run))
     try:
         with contextlib.closing(passes) as batches:
-            write_cache(
-                unfinished, batches, encoder, accelerator.process_index, in_half=run.config.cache.dtype == "fp16"
-            )
+            write_cache(unfinished, batches, encoder, accelerator.process_index, run.config.cache.dtype)
         write_skipped_rows(unfinished, skipped, accelerator.process_index)
         accelerator.wait_for_everyone()
-        on_main_process(lambda: _publish(unfinished, folder, needed))
+        on_main_process(lambda: _publish(unfinished, folder, description))
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -176,9 +153,9 @@ def _begin_cache(folder: Path, run: Run) -> Path:
     return unfinished
 
 
-def _publish(unfinished: Path, folder: Path, needed: dict[str, Any]):
+def _publish(unfinished: Path, folder: Path, description: dict[str, Any]):
     with writing(folder):
-        write_json(unfinished / DESCRIPTION, needed)
+        write_description(unfinished, description)
         publish_cache(unfinished, folder)
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoModel, ConfigMixin
 from transformers import AutoConfig
 
-from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.autoencoder import latent_channels, spatial_factor
 from improved_ldm.evaluation.networks import load_judge
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import denoiser_class, preset
@@ -39,7 +39,7 @@ def check_models(configs: Sequence[RunConfig], conditions: Sequence[Condition]):
         source = resolve(config.autoencoder.pretrained)
         vae = AutoModel.from_config(_ModelConfig.load_config(source, subfolder=config.autoencoder.subfolder))
         factor = spatial_factor(vae)
-    check_channels(config.sampling.guidance_options, vae.config.latent_channels)
+    check_channels(config.sampling.guidance_options, latent_channels(vae))
     texts = [stage.text for stage, condition in zip(configs, conditions, strict=True) if condition == "text"]
     for text in dict.fromkeys(texts):
         with loading("text.pretrained", text.pretrained):

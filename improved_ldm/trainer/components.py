@@ -1,11 +1,13 @@
 """The models of a run, loaded or built according to its configuration."""
 
 import contextlib
+import copy
 import inspect
 import json
 import logging
 from pathlib import Path
 
+import torch
 from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import (
@@ -20,7 +22,7 @@ from transformers import (
 from transformers import AutoModel as AutoTransformersModel
 from transformers.utils import logging as transformers_logging
 
-from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.autoencoder import check_image_size, latent_channels, spatial_factor
 from improved_ldm.conditioning.text import text_positions
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.diffusion.objectives import Objective, make_objective
@@ -30,6 +32,7 @@ from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.resolution import latent_side, sides_of, size_text
 from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
+from improved_ldm.trainer.sections import ComputeDtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,18 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin:
         source, subfolder = resolve(config.pretrained), config.subfolder or ""
         vae = AutoModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
     return vae.requires_grad_(False).eval()
+
+
+def compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
+    """The dtype that a frozen model computes in on a device; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def in_dtype(model: PreTrainedModel | None, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A model in a dtype: itself, or a copy, so that the weights that a pipeline saves stay exact."""
+    return model if model is None or model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def load_tokenizer(config: TextConfig) -> PreTrainedTokenizerBase:
@@ -98,17 +113,18 @@ def build_denoiser(config: RunConfig, vae: ModelMixin, **conditions: int | None)
         ValueError: if the resolution does not divide into latent patches, an option does not exist, or a pretrained
             denoiser does not suit the run.
     """
-    factor, latent_channels = spatial_factor(vae), vae.config.latent_channels
+    check_image_size(vae, sides_of(config.transform.resolution))
+    factor, channels = spatial_factor(vae), latent_channels(vae)
     if config.denoiser.pretrained is not None:
-        denoiser = _load_denoiser(config, factor, in_channels=latent_channels, **conditions)
+        denoiser = _load_denoiser(config, factor, in_channels=channels, **conditions)
         _check_variance(config, denoiser)
         return denoiser
     options = check_options(config.denoiser.name, config.denoiser.options)
     patch_size = {**preset(config.denoiser.name, config.denoiser.size), **options}.get("patch_size", 1)
     arguments = {
         "sample_size": latent_side(config.transform.resolution, factor, patch_size),
-        "in_channels": latent_channels,
-        "out_channels": latent_channels * (2 if config.objective.learned_variance else 1),
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.objective.learned_variance else 1),
         "conditioning": config.denoiser.conditioning,
         "control_weight": config.denoiser.control_weight,
         "control_power": config.denoiser.control_power,

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,6 @@ from improved_ldm.conditioning.conditions import Conditioning
 from improved_ldm.conditioning.control import required_columns
 from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.latents import EncodedBatch
-from improved_ldm.data.prefetch import Batches
 from improved_ldm.diffusion.objectives import Objective, objective_loss
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.output import OutputError
@@ -33,7 +32,17 @@ from improved_ldm.trainer.optimizer import WeightAverage, fitting_state, make_op
 from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
-from improved_ldm.trainer.stopping import StoppedWaiting, agree_to_stop, stop_signals
+from improved_ldm.trainer.stopping import Stop, StoppedWaiting, agree_to_stop, stop_signals
+
+
+class Batches(Protocol):
+    """An endless loader that can resume at the next batch."""
+
+    def __iter__(self) -> Iterator[EncodedBatch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]): ...
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,11 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
         processes = (accelerator.process_index, accelerator.num_processes, accelerator.device)
         return StepRandomness(run.config.seed, step, *parts, *processes)
 
-    with progress, _kept_on_failure(run, checkpoints, progress), stop_signals() as stop:
-        batch_iterator = iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches))
+    def iterated(stop: Stop) -> contextlib.closing:
+        return contextlib.closing(iter(batches) if accelerator.num_processes > 1 else stop.ending(iter(batches)))
+
+    kept = _kept_on_failure(run, checkpoints, progress)
+    with progress, kept, stop_signals() as stop, iterated(stop) as batch_iterator:
         for step in range(first_step, config.steps):
             set_learning_rate(optimizer, recipe, step, config.steps)
             loss, suspect = _accumulate_gradients(run, denoiser, objective, batch_iterator, randomness_of(step))
@@ -197,7 +209,7 @@ def _accumulate_gradients(
     training, total, suspect, shares = run.config.training, 0.0, None, 0.0
     micro_batches = training.gradient_accumulation_steps
     for number in range(micro_batches):
-        batch = next(batches).to(run.accelerator.device).whole(run.config.text.max_tokens)
+        batch = next(batches).to(run.accelerator.device)
         last = number == micro_batches - 1
         share = len(batch) / (training.batch_size * micro_batches)
         with contextlib.nullcontext() if last else run.accelerator.no_sync(denoiser):

@@ -27,6 +27,7 @@ from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
 from improved_ldm.conditioning.control_embedding import ControlWeight
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import TextPadding
+from improved_ldm.data.cache import CacheDtype
 from improved_ldm.diffusion.objectives import LossWeighting, Prediction, make_objective
 from improved_ldm.diffusion.schedules import BetaSchedule, SamplerName, TimestepSpacing
 from improved_ldm.models.family import check_options, denoiser_class, preset
@@ -34,6 +35,8 @@ from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 from improved_ldm.places import check_repository_name
 from improved_ldm.settings import Section
 from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, UNLAUNCHED, launched_with
+
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class CacheConfig(Section):
@@ -43,10 +46,10 @@ class CacheConfig(Section):
     """Number of times that each image is encoded, with new crops and flips each time; 0 encodes during training."""
     folder: Place | None = None
     """Folder of the caches; default: `cache` in the output folder."""
-    dtype: Literal["fp16", "fp32"] = "fp16"
-    """Precision of the stored latents and text."""
+    dtype: CacheDtype = "fp16"
+    """Precision of latents and text; with `fp16`, values beyond its range are stored as bfloat16."""
     pretrained: Place | None = None
-    """A finished cache of another run, used as it is: a folder or the Hub id of a dataset."""
+    """Finished cache to read instead of the images: its folder, or its Hub id as a dataset."""
 
     @model_validator(mode="after")
     def _is_written_or_taken_over(self):
@@ -62,6 +65,8 @@ class AutoencoderConfig(Section):
     """`embedded:autoencoder`, a folder or a Hub id."""
     subfolder: Place | None = None
     """Subfolder of `pretrained`."""
+    dtype: ComputeDtype = "auto"
+    """Precision of encoding; `auto` is bf16 on a GPU that has it, else fp32. The saved weights stay as loaded."""
 
 
 class TextConfig(Section):
@@ -71,6 +76,8 @@ class TextConfig(Section):
     """`embedded:clip`, a folder or a Hub id."""
     max_tokens: Width = 77
     """L, tokens per prompt."""
+    dtype: ComputeDtype = "auto"
+    """Precision of encoding prompts, in a copy; `auto` is bf16 on a GPU that has it, else fp32."""
     padding: TextPadding = "noisy_replicate"
     """How short prompts are padded."""
     noise_scale: NotNegative = 0.02
@@ -198,7 +205,7 @@ class TrainingConfig(Section):
     trackers: tuple[Text, ...] = ("tensorboard",)
     """Trackers of accelerate: `tensorboard`, `wandb`, …"""
     prefetch: Prefetched = 2
-    """Batches that a background thread reads and encodes ahead of the training; with 0 there is no such thread."""
+    """Batches that are read and encoded ahead, in a thread of each process; 0 prepares each when it is needed."""
     cpu_threads: Threads | None = None
     """Threads per process without a GPU; by default the processes share the cores."""
 

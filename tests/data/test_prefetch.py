@@ -1,83 +1,69 @@
 import threading
-import time
-from itertools import islice
 
 import pytest
 import torch
 
-from improved_ldm.data.latents import EncodedBatch
+from improved_ldm.data.latents import EncodingLoader, SampleEncoder
+from improved_ldm.data.loader import make_loader
 from improved_ldm.data.prefetch import Prefetcher
+from improved_ldm.data.sources import open_rows
+from improved_ldm.data.transforms import ImageTransform
 
 CPU = torch.device("cpu")
 
 
-class Numbers:
-    """Batches that hold their number; the state is the number of the next one."""
+@pytest.fixture
+def open_loader(autoencoder):
+    """Opens the same loader again and again."""
 
-    def __init__(self, fails_at=None, seconds=0.0):
-        self.number, self.fails_at, self.seconds = 0, fails_at, seconds
+    def make(workers: int = 0) -> EncodingLoader:
+        rows = open_rows("embedded:fashion-mnist", "test", label_column="label")
+        loader = make_loader(rows, ImageTransform(8, flip_probability=0.5), batch_size=3, num_workers=workers)
+        return EncodingLoader(loader, SampleEncoder(autoencoder))
 
-    def __iter__(self):
-        while True:
-            time.sleep(self.seconds)
-            if self.number == self.fails_at:
-                raise OSError("the disk is gone")
-            self.number += 1
-            yield EncodedBatch(torch.full((1, 1, 1, 1), self.number - 1.0), torch.zeros(1, 1))
-
-    def state_dict(self):
-        return {"number": self.number}
-
-    def load_state_dict(self, state):
-        self.number = state["number"]
+    return make
 
 
-def numbers(batches, count):
-    return [int(batch.latents) for batch in islice(batches, count)]
+def take(batches, count: int) -> list:
+    return [next(batches).latents for _ in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_batches_come_in_order_and_the_state_is_that_of_the_last_one_given(count):
-    prefetcher = Prefetcher(Numbers(), count, CPU)
-    batches = iter(prefetcher)
-    for number in range(20):
-        assert numbers(batches, 1) == [number]
-        time.sleep(0.002)  # the thread is ahead
-        assert prefetcher.state_dict() == {"number": number + 1}
-    resumed = Prefetcher(Numbers(), count, CPU)
-    resumed.load_state_dict(prefetcher.state_dict())
-    assert numbers(iter(resumed), 3) == [20, 21, 22]
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_and_state_are_those_of_the_loader(open_loader, ahead, workers):
+    plain, ahead_of_time = open_loader(workers), Prefetcher(open_loader(workers), ahead, CPU)
+    iterator = iter(ahead_of_time)
+    for expected, got in zip(take(iter(plain), 3), take(iterator, 3), strict=True):
+        assert torch.equal(expected, got)
+    resumed = Prefetcher(open_loader(workers), ahead, CPU)
+    resumed.load_state_dict(ahead_of_time.state_dict())
+    following = iter(resumed)
+    assert all(map(torch.equal, take(iterator, 2), take(following, 2)))
+    iterator.close(), following.close()
 
 
-def test_an_error_is_raised_at_its_batch():
-    prefetcher = Prefetcher(Numbers(fails_at=4), 3, CPU)
-    batches = iter(prefetcher)
-    assert numbers(batches, 4) == [0, 1, 2, 3]
+def test_the_thread_ends_with_the_iteration(open_loader):
+    iterator = iter(Prefetcher(open_loader(), 2, CPU))
+    next(iterator)
+    assert "prefetch" in {thread.name for thread in threading.enumerate()}
+    iterator.close()
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_is_raised_at_its_batch(tmp_path):
+    class Failing:
+        def __iter__(self):
+            yield from (EncodedLike(number) for number in range(2))
+            raise OSError("the disk is gone")
+
+        def state_dict(self):
+            return {}
+
+    class EncodedLike(int):
+        def to(self, device):
+            return self
+
+    batches = iter(Prefetcher(Failing(), 5, CPU))
+    assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
-    assert prefetcher.state_dict() == {"number": 4}
-
-
-def test_the_thread_ends_with_its_iterator():
-    before = threading.active_count()
-    batches = iter(Prefetcher(Numbers(), 2, CPU))
-    next(batches)
-    assert threading.active_count() == before + 1
-    batches.close()
-    assert threading.active_count() == before
-
-
-def test_preparation_and_use_overlap():
-    batches = iter(Prefetcher(Numbers(seconds=0.05), 2, CPU))
-    next(batches)
-    start = time.perf_counter()
-    for _ in range(8):
-        time.sleep(0.05)
-        next(batches)
-    assert time.perf_counter() - start < 0.7  # of 0.8 s one after the other
-
-
-def test_the_state_before_the_first_batch_is_that_of_the_loader():
-    prefetcher = Prefetcher(Numbers(), 2, CPU)
-    prefetcher.load_state_dict({"number": 5})
-    assert prefetcher.state_dict() == {"number": 5}

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from improved_ldm.conditioning.control import Control, control_tensor
-from improved_ldm.data.transforms import ImageTransform, render, to_pixels
+from improved_ldm.data.transforms import ImageTransform, pixel_values, render, to_pixels
 
 SIDE = st.integers(5, 150)
 
@@ -44,7 +44,7 @@ def transforms(draw):
 def test_record_of_a_sample_renders_the_same_pixels(transform, height, width, seed):
     image = noise(height, width)
     pixels, control = transform(image, Random(seed))
-    assert pixels.shape == (3, *transform.sample_size) and pixels.dtype == torch.float32
+    assert pixels.shape == (3, *transform.sample_size) and pixels.dtype == torch.uint8
     assert torch.equal(to_pixels(render(image, control)), pixels)
     row = control_tensor([control])[0].double()
     assert_close(row, torch.tensor(control.to_row(), dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
@@ -93,7 +93,7 @@ def test_sample_shows_what_the_record_says(transform, height, width, seed):
     pixels, control = transform(gradient(height, width), Random(seed))
     if min(control.original_size) < 16:  # too coarse to compare gradients
         return
-    shown = (pixels + 1) / 2
+    shown = pixels / 255
     for axis, channel in enumerate(shown[:2]):
         along = channel.mean(1 - axis)
         if axis == 1 and control.flip:
@@ -165,7 +165,13 @@ def test_extent_is_uniform_above_min_crop():
 def test_pixels_span_minus_one_to_one():
     image = Image.new("RGB", (2, 1))
     image.putpixel((1, 0), (255, 255, 255))
-    assert to_pixels(image).unique().tolist() == [-1.0, 1.0]
+    assert pixel_values(to_pixels(image)).unique().tolist() == [-1.0, 1.0]
+
+
+def test_pixel_values_are_those_of_float32_arithmetic():
+    every = torch.arange(256, dtype=torch.uint8)
+    expected = every.numpy().astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(pixel_values(every).numpy(), expected)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from improved_ldm.data.transforms import to_pixels
+from improved_ldm.data.transforms import pixel_values, to_pixels
 from improved_ldm.evaluation.features import Features, open_features
 from improved_ldm.evaluation.networks import MissingWeightsError, to_bytes
 from improved_ldm.places import ASSETS
@@ -66,7 +66,7 @@ def pil_images(pixels):
 @given(st.integers(0, 255), st.integers(0, 255))
 def test_bytes_are_those_of_a_saved_image(low, high):
     values = torch.tensor([low, high], dtype=torch.uint8).repeat(6).view(3, 2, 2)
-    assert torch.equal(to_bytes(to_pixels(to_pil_image(values))[None])[0], values)
+    assert torch.equal(to_bytes(pixel_values(to_pixels(to_pil_image(values))[None]))[0], values)
 
 
 def test_inception_of_a_file_agrees_with_torch_fidelity(inception_file):

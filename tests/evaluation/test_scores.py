@@ -13,7 +13,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from improved_ldm.data.loader import make_pass
 from improved_ldm.data.sources import open_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.evaluation import scores
 from improved_ldm.evaluation.scores import (
     frechet_distance,
@@ -29,7 +29,8 @@ from improved_ldm.evaluation.scores import (
 def batch():
     """1000 images of the embedded test split."""
     rows = open_rows("embedded:fashion-mnist", split="test", label_column="label")
-    return next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
+    batch = next(iter(make_pass(rows, ImageTransform(32), batch_size=1000)))
+    return batch | {"pixels": pixel_values(batch["pixels"])}
 
 
 @pytest.fixture(scope="module")

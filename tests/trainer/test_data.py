@@ -65,6 +65,18 @@ def test_a_run_in_parts_sees_the_images_of_the_whole(arguments, sets, tmp_path, 
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.parametrize("passes", [0, 1])
+def test_batches_that_are_prepared_ahead_train_the_same_model(arguments, sets, tmp_path, passes):
+    settings = BUCKETS | {"cache.passes": passes, "data.source": sets[0]}
+    for ahead in (0, 2):
+        train(arguments(f"ahead-{ahead}", **settings, **{"training.prefetch": ahead}))
+    one, other = (
+        load_file(tmp_path / f"ahead-{ahead}" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for ahead in (0, 2)
+    )
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
 def test_stages_keep_their_buckets(arguments, sets, tmp_path, capsys):
     stages = "[{resolution: 32, steps: 3}, {resolution: 64, steps: 3}]"
     settings = BUCKETS | {"cache.passes": 0, "data.source": sets[0], "stages": stages}

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from improved_ldm.conditioning.control import control_tensor
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.indexed import IndexedSource, IndexedStream
-from improved_ldm.data.mixed import BatchedRows, MixedRows
+from improved_ldm.data.mixed_streams import BatchedRows, MixedRows
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.rows import Row, Rows
 from improved_ldm.data.stream import RowStream

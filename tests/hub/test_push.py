@@ -33,6 +33,16 @@ def test_a_run_streams_a_dataset_and_pushes_its_average(hub, clients, arguments,
     np.testing.assert_array_equal(pushed, clients.drawing(tmp_path / "run")[0])
 
 
+def test_a_run_trains_on_a_finished_cache_from_the_hub(hub, clients, arguments, images, tmp_path):  # noqa: F811
+    script = ROOT / "training" / "train_t2i.py"
+    clients.run(script, *arguments("made"))
+    (cache,) = (tmp_path / "made" / "cache").iterdir()
+    clients.call("push_folder", folder=str(cache), name="user/cache")
+    clients.run(script, *arguments("taken", **{"cache.passes": 0, "cache.pretrained": "user/cache"}))
+    assert not (tmp_path / "taken" / "cache").exists()
+    assert (tmp_path / "taken" / WEIGHTS).read_bytes() == (tmp_path / "made" / WEIGHTS).read_bytes()
+
+
 def test_a_run_that_has_no_place_to_push_to_does_not_begin():
     with pytest.raises(ConfigError, match="`push_every` needs a `repo` to push to"):
         parse_config(RunConfig, ["--hub.push_every", "5"])

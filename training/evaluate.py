@@ -76,7 +76,8 @@ def main(config: EvaluateConfig):
     # What it is measured with: the networks, and the real images.
     network = open_features(config.features, accelerator.device, config.resizing)
     network.check_size("features", size)
-    config.scores.check_samples(len(samples.files) if samples else config.num_samples, network)
+    count = len(samples.files) if samples else config.num_samples
+    config.scores.check_samples(count, network)
     statistics = read_statistics(config, network)
     clip = None if config.clip is None else open_clip_scorer(config.clip, accelerator.device)
     cmmd = None if config.cmmd is None else open_clip_scorer(config.cmmd, accelerator.device)
@@ -88,7 +89,6 @@ def main(config: EvaluateConfig):
         perceptual.check_size("perceptual", size)
     reference = read_reference(config, pipeline, size)
     check_images(config, reference, accelerator.print)
-    count = len(samples.files) if samples else config.num_samples
     scores = config.scores.fitted(count if reference is None else min(reference.images, count))
     if reference is not None and scores != config.scores and scores.kid_subset_size < KID_SUBSET_SIZE:
         accelerator.print(f"kid uses subsets of {scores.kid_subset_size} images, as many as the smaller set has")

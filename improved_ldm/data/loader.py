@@ -1,6 +1,7 @@
 """Joins rows and transforms into batches for training."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -235,15 +236,17 @@ class SampleLoader(StatefulDataLoader):
     """
 
     def __init__(self, samples: SampleStream, num_workers: int, seed: int):
-        super().__init__(
-            samples,
-            batch_size=None,  # the stream makes the batches
-            num_workers=num_workers,
-            worker_init_fn=_end_quietly,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(seed),
-        )
+        with warnings.catch_warnings():  # torchdata calls a function that PyTorch has deprecated
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+            super().__init__(
+                samples,
+                batch_size=None,  # the stream makes the batches
+                num_workers=num_workers,
+                worker_init_fn=_end_quietly,
+                collate_fn=_as_it_is,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator().manual_seed(seed),
+            )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with _worker_errors():

@@ -43,9 +43,7 @@ class ConditionSwitch:
         """The denoiser with the new conditions, and what happened to its weights; the same in every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return with_conditions(
-                denoiser, **self.sizes, class_names=self.class_names, old_class_names=self.old_class_names
-            )
+            return with_conditions(denoiser, self.sizes, self.class_names, self.old_class_names)
 
 
 def list_switches(

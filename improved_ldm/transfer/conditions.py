@@ -82,14 +82,8 @@ def change_conditions(
 
     Source: Berrada et al., 2024, for the transfer; how new conditions start is our choice.
     """
-    changed, report = with_conditions(
-        denoiser,
-        num_classes=num_classes,
-        text_dim=text_dim,
-        pooled_dim=pooled_dim,
-        class_names=class_names,
-        old_class_names=old_class_names,
-    )
+    conditions = {"num_classes": num_classes, "text_dim": text_dim, "pooled_dim": pooled_dim}
+    changed, report = with_conditions(denoiser, conditions, class_names, old_class_names)
     logger.warning("%s with other conditions\n%s", type(changed).__name__, report)
     return changed, report
 
@@ -97,15 +91,12 @@ def change_conditions(
 @torch.no_grad()
 def with_conditions(
     denoiser: Denoiser,
-    *,
-    num_classes: int | None = None,
-    text_dim: int | None = None,
-    pooled_dim: int | None = None,
+    conditions: dict[str, int | None],
     class_names: list[str] | None = None,
     old_class_names: list[str] | None = None,
 ) -> tuple[Denoiser, ConditionChanges]:
-    """`change_conditions` for callers that show the report themselves."""
-    conditions = {"num_classes": num_classes, "text_dim": text_dim, "pooled_dim": pooled_dim}
+    """`change_conditions` for callers that show the report themselves; `conditions` as in `check_change`."""
+    conditions = dict.fromkeys(("num_classes", "text_dim", "pooled_dim")) | conditions
     check_change(denoiser, conditions, denoiser.config.num_classes, class_names, old_class_names)
 
     changed = denoiser.remade(**{name: value for name, value in conditions.items() if name in denoiser.config})
@@ -115,7 +106,7 @@ def with_conditions(
     }
     changed.load_state_dict(fits, strict=False, assign=True)
 
-    rows = _matching_rows(denoiser.config.num_classes, num_classes, class_names, old_class_names)
+    rows = _matching_rows(denoiser.config.num_classes, conditions["num_classes"], class_names, old_class_names)
     for name, trunk in denoiser.named_modules():
         if isinstance(trunk, ConditioningTrunk):
             if isinstance(trunk, PublishedTrunk):

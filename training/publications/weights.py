@@ -92,9 +92,7 @@ def convert(
     part = next((checkpoint / name for name in ("transformer", "unet") if (checkpoint / name).is_dir()), checkpoint)
     run = entry.run_config(autoencoder)
     state_dict, found = read_checkpoint(part)
-    arguments = entry.config | found
-    if config is not None:
-        arguments = read_config(config)
+    arguments = entry.config | found if config is None else read_config(config)
     origin = {
         "weights": shareable_place(place),
         "sha256": digest(state_dict),

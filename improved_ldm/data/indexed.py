@@ -171,7 +171,7 @@ class IndexedStream:
         self.rank, self.world_size = rank, world_size
         groups = [source.groups for source in sources]
         self.new_plan = partial(BatchPlan, groups, batch_size, seed, weights, shuffle)
-        self._order = {"seed": seed, "batch_size": batch_size, "shuffle": shuffle, "rows": list(map(len, groups))}
+        self._order = {"seed": seed, "batch_size": batch_size, "shuffle": shuffle, "sources": len(groups)}
         self._start_over()
         self._loaded = False
 

@@ -114,7 +114,7 @@ class BatchPlan:
             group = int(self.groups[source][row])
             waiting = self._waiting.setdefault(group, [])
             waiting.append((source, row, epoch))
-            if len(waiting) == self.full[group]:
+            if len(waiting) >= self.full[group]:
                 return PlannedBatch(group, *np.array(self._waiting.pop(group)).T)
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
@@ -135,6 +135,14 @@ class BatchPlan:
         return {"batches": self.batches, "drawn": list(self.drawn), "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Continue after the batch at which `state_dict` was taken."""
+        """Continue after the batch at which `state_dict` was taken.
+
+        If the sets have changed, waiting rows that are no longer there, or in another group, are left out.
+        """
         self.batches, self.drawn = state["batches"], list(state["drawn"])
-        self._waiting = {group: [tuple(row) for row in rows] for group, rows in state["waiting"]}
+        self._waiting = {
+            group: [tuple(row) for row in rows if self._is_in(group, *row[:2])] for group, rows in state["waiting"]
+        }
+
+    def _is_in(self, group: int, source: int, row: int) -> bool:
+        return row < len(self.groups[source]) and self.groups[source][row] == group and group in self.full

@@ -95,3 +95,14 @@ def test_a_rare_group_makes_small_batches_once_a_pass():
 def test_a_source_without_rows_is_refused():
     with pytest.raises(ValueError, match="source 2 of 2 has no rows"):
         BatchPlan([np.zeros(3, dtype=int), np.zeros(0, dtype=int)], 2, 0)
+
+
+@given(before=sources, after=sources, number=st.integers(0, 40))
+def test_a_plan_resumes_with_sets_that_have_changed(before, after, number):
+    before, after = ([np.array(rows) for rows in groups] for groups in (before, after))
+    count = min(len(before), len(after))
+    plan, changed = BatchPlan(before[:count], 4, 0), BatchPlan(after[:count], 4, 0)
+    list(islice(plan, number))
+    changed.load_state_dict(plan.state_dict())
+    for batch in islice(changed, 20):
+        assert all(after[source][row] == batch.group for source, row in zip(batch.sources, batch.rows, strict=True))

@@ -1,24 +1,37 @@
-"""Compare the speed and the memory of the denoisers.
+"""Compare the speed and the memory of the denoisers, and the speed of the images.
 
 Usage: python training/benchmark.py --peers [--backbones dit unet …] [--device cuda] [--output FILE]
+       python training/benchmark.py --data [--output FILE]
 
 `--peers` compares each denoiser, with `published` conditioning, with diffusers' class for the same backbone: the same
-widths and inputs, random weights, float32, eager. Every number is the ratio of ours to theirs; below 1 is better.
+widths and inputs, random weights, float32, eager.
+
+`--data` makes samples of 224 × 224 pixels from images of 512 × 512 pixels in memory and compares `read_image` with the
+`Image` feature of `datasets`, which decodes at full size; the transform is the same. Times are processor times.
+
+Every ratio is that of ours to theirs; below 1 is better.
 """
 
+import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import datasets
 import diffusers
 import numpy as np
+import PIL
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from improved_ldm.data.images import read_image
+from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import make_denoiser
@@ -33,6 +46,8 @@ CONDITIONS = {  # what each backbone reads as published
     "mmdit": {"text_dim": TEXT_DIM, "pooled_dim": TEXT_DIM},
     "unet": {"text_dim": TEXT_DIM, "pooled_dim": TEXT_DIM},
 }
+STORED_SIDE, SAMPLE_SIDE = 512, 224  # pixels
+FORMATS = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}, "PNG": {}}  # with the arguments of the encoder
 
 
 def make_peer(backbone: str, config: dict[str, Any]) -> nn.Module:
@@ -210,16 +225,57 @@ def compare_peers(backbone: str, batch_size: int, rounds: int, device: torch.dev
     }
 
 
+def make_image(seed: int) -> Image.Image:
+    """A square of smooth colours with grain, which compresses about as well as a photograph."""
+    rng = np.random.default_rng(seed)
+    colours = Image.fromarray(rng.integers(256, size=(12, 12, 3), dtype=np.uint8)).resize((STORED_SIDE,) * 2)
+    grain = rng.normal(0, 6, (STORED_SIDE, STORED_SIDE, 3))
+    return Image.fromarray((np.asarray(colours) + grain).clip(0, 255).astype(np.uint8))
+
+
+def compare_decoding(file_format: str, count: int, rounds: int) -> dict[str, Any]:
+    """Compare the making of samples with that from the `Image` feature of `datasets`.
+
+    Args:
+        file_format: a key of `FORMATS`.
+        count: images per timed call.
+        rounds: timed calls of each.
+
+    Returns:
+        `time` from `time_pair`, and `ours_per_second` and `theirs_per_second`: images per second of processor time.
+    """
+    files = []
+    for seed in range(count):
+        make_image(seed).save(file := io.BytesIO(), file_format, **FORMATS[file_format])
+        files.append(file.getvalue())
+    transform = ImageTransform(SAMPLE_SIDE, crop_position="random", flip_probability=0.5)
+    feature = datasets.Image()
+
+    def ours():
+        for seed, encoded in enumerate(files):
+            image, size = read_image(encoded, transform.decode_size)
+            transform(image, Random(seed), size)
+
+    def theirs():
+        for seed, encoded in enumerate(files):
+            transform(feature.decode_example({"bytes": encoded, "path": None}).convert("RGB"), Random(seed))
+
+    times = time_pair(ours, theirs, rounds, torch.device("cpu"))
+    rates = {f"{side}_per_second": 1000 * count / times[f"{side}_ms"] for side in ("ours", "theirs")}
+    return {"format": file_format, "time": times, **rates}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The ratios as lines of Markdown; times with the 10th to 90th percentile."""
+    """The rows as lines of Markdown: a name, ratios with the 10th to 90th percentile of times, and rates."""
 
     def cell(value):
+        if not isinstance(value, dict):
+            return value if isinstance(value, str) else f"{value:.0f}"
         spread = f" ({value['p10']:.3f}–{value['p90']:.3f})" if "p10" in value else ""
         return f"{value['ratio']:.3f}{spread}"
 
-    columns = ["forward", "forward_backward", "memory", "parameters"]
-    lines = [["backbone", *columns], ["---"] * 5]
-    lines += [[row["backbone"], *(cell(row[column]) for column in columns)] for row in rows]
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([cell(row[column]) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -227,24 +283,28 @@ def main(argv: list[str] | None = None):
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--peers", action="store_true", help="compare with diffusers' class for the same backbone")
+    mode.add_argument("--data", action="store_true", help="compare with the `Image` feature of datasets")
     parser.add_argument("--backbones", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
-    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each model")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each side")
+    parser.add_argument("--batch-size", type=int, default=8, help="latents or images per timed call")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
 
-    device = torch.device(arguments.device)
-    rows = [compare_peers(name, arguments.batch_size, arguments.rounds, device) for name in arguments.backbones]
+    device = torch.device("cpu" if arguments.data else arguments.device)
+    if arguments.data:
+        rows = [compare_decoding(name, arguments.batch_size, arguments.rounds) for name in FORMATS]
+    else:
+        rows = [compare_peers(name, arguments.batch_size, arguments.rounds, device) for name in arguments.backbones]
     print(table(rows))
     if arguments.output is not None:
         report = {
             "device": device_name(device),
             "threads": arguments.threads,
-            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-            "size": SIZE,
+            "versions": {library.__name__: library.__version__ for library in (torch, diffusers, datasets, PIL)},
+            "size": {"stored": STORED_SIDE, "sample": SAMPLE_SIDE} if arguments.data else SIZE,
             "batch_size": arguments.batch_size,
             "rounds": arguments.rounds,
             "results": rows,

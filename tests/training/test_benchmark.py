@@ -68,3 +68,14 @@ def test_results_are_written(monkeypatch, tmp_path, capsys):
     assert report["results"] == [row]
     assert report["versions"]["torch"] == torch.__version__
     assert "| pixart |" in capsys.readouterr().out
+
+
+def test_decoding_is_compared_for_each_format(tmp_path, capsys):
+    benchmark.main(["--data", "--rounds", "5", "--batch-size", "4", "--output", str(tmp_path / "data.json")])
+    report = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
+    assert [row["format"] for row in report["results"]] == ["JPEG", "WEBP", "PNG"]
+    assert report["results"][0]["time"]["ratio"] < 0.8  # JPEG images are decoded at half their size
+    printed = capsys.readouterr().out
+    for row in report["results"]:
+        assert row["ours_per_second"] == pytest.approx(4000 / row["time"]["ours_ms"])
+        assert f"| {row['format']} | {row['time']['ratio']:.3f} (" in printed

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import reproduce
-from reproduction.shapes import aspect_error, touches_border
+from improved_ldm.trainer.config import RunConfig
+from reproduction.shapes import aspect_error, real_shapes, touches_border
+from tests.trainer.conftest import ROOT
 
 SIDES = st.integers(20, 60)
 
@@ -41,6 +43,12 @@ def test_specks_are_no_drawing():
     image.putpixel((0, 7), (0, 0, 0))
     assert aspect_error(image) is None
     assert not touches_border(image)
+
+
+def test_whole_test_images_have_the_recorded_measures():
+    record = json.loads((ROOT / "training/results/buckets/cpu.json").read_text(encoding="utf-8"))["measured_with"]
+    config = RunConfig(data={"source": str(ROOT / "training/data/stamps")}, transform={"resolution": 48})
+    assert real_shapes(config) == pytest.approx(record["real"])
 
 
 @pytest.mark.slow

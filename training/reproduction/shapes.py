@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.conditioning.conditions import Conditioning
@@ -135,8 +136,7 @@ def sample_shapes(pipeline: ImprovedLDMPipeline, config: RunConfig, seed: int, *
 def real_shapes(config: RunConfig) -> dict[str, float]:
     """What is measured of samples, of whole test images."""
     batches = test_batches(config, whole=True)
-    pixels = [((part + 1) * 127.5).byte().permute(1, 2, 0).numpy() for batch in batches for part in batch["pixels"]]
-    images = list(map(Image.fromarray, pixels))
+    images = [to_pil_image(pixels) for batch in batches for pixels in batch["pixels"]]
     return {"aspect_error": mean_aspect_error(images), "touches_border": share_touching(images)}
 
 

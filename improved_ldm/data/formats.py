@@ -25,6 +25,16 @@ FAULT = "__fault__"  # the column that holds what is wrong with a row as a whole
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # the key of a sample, and the kind of the member
 
 
+def parquet_metadata(file: str) -> pq.FileMetaData | None:
+    """The metadata of a parquet file; None if it cannot be read, which is reported and counted when its rows are."""
+    try:
+        metadata = pq.read_metadata(file)
+        metadata.schema.to_arrow_schema()  # which Arrow cannot make of every file
+    except (OSError, UnicodeError, pa.ArrowException):
+        return None
+    return metadata
+
+
 def parquet_rows(files: list[str], numbers: list[int], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The rows of parquet files.
 

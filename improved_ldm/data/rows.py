@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -302,6 +302,12 @@ def parse_integer(value: Any) -> Any:
 def column_names(column: str, is_webdataset: bool) -> tuple[str, ...]:
     """The names that a column may have in a row, in the order in which they are tried."""
     return (column, *(WEBDATASET_COLUMNS.get(column, ()) if is_webdataset else ()))
+
+
+def stored_names(columns: Iterable[str | Sequence[str] | None], is_webdataset: bool) -> tuple[str, ...]:
+    """All names that these columns may have in a row; each is one column, several or none."""
+    names = chain.from_iterable(map(names_of, columns))
+    return tuple(name for column in names for name in column_names(column, is_webdataset))
 
 
 def look_up(stored: Mapping[str, Any], column: str) -> Any:

@@ -5,13 +5,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from improved_ldm.data.captions import check_captions
 from improved_ldm.data.classes import check_num_classes, number_classes
@@ -19,6 +17,7 @@ from improved_ldm.data.files import LocalFiles, count_of, local_files, printable
 from improved_ldm.data.formats import (
     image_folder_rows,
     parquet_class_names,
+    parquet_metadata,
     parquet_rows,
     present_columns,
     webdataset_rows,
@@ -27,7 +26,7 @@ from improved_ldm.data.image_folder import open_image_folder
 from improved_ldm.data.images import read_image
 from improved_ldm.data.probe import check_columns
 from improved_ldm.data.retries import reading_hub
-from improved_ldm.data.rows import BadRowError, Row, Rows, column_names, names_of, parse_integer
+from improved_ldm.data.rows import BadRowError, Row, Rows, column_names, parse_integer, stored_names
 from improved_ldm.data.stream import RowStream
 from improved_ldm.data.tables import FolderTable, ParquetTable, ShardTable, is_packed
 from improved_ldm.data.tally import CorruptImagesError
@@ -163,7 +162,7 @@ def _open_hub(source: str, split: str, name: str | None, columns: Columns) -> tu
     names = list(features) or list(next(iter(dataset), {}))
     label = features.get(columns["label_column"])
     is_webdataset = "__key__" in names
-    wanted = present_columns(names, _wanted(columns, is_webdataset))
+    wanted = present_columns(names, stored_names(columns.values(), is_webdataset))
     if wanted and builder.name == "parquet":  # columns that are not read may change their type between files
         dataset = datasets.load_dataset_builder(source, name, columns=wanted).as_streaming_dataset(split).decode(False)
     rows = Rows(
@@ -181,7 +180,7 @@ def _open_hub_shards(source: str, split: str, files: dict, columns: Columns) -> 
     if split not in files:
         raise ValueError(f"`split` is {split!r}; {source} has {', '.join(map(str, files))}.")
     rows = Rows(
-        _stream(webdataset_rows, tuple(files[split]), columns=_wanted(columns, is_webdataset=True)),
+        _stream(webdataset_rows, tuple(files[split]), columns=stored_names(columns.values(), is_webdataset=True)),
         **columns,
         is_webdataset=True,
         description=f"streaming {count_of(len(files[split]), 'file')} of {source} from the Hub, split {split!r}",
@@ -199,21 +198,21 @@ def _open_local(found: LocalFiles, columns: Columns, template: str | None) -> tu
 def _open_parquet(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]:
     schemas, count, unknown = {}, 0, 0
     for file in found.files:
-        try:
-            metadata = pq.read_metadata(file)
-            schemas[file] = metadata.schema.to_arrow_schema()
-        except (OSError, UnicodeError, pa.ArrowException):  # reported and counted when it is read
+        metadata = parquet_metadata(file)
+        if metadata is None:
             unknown += 1
-        else:
-            count += metadata.num_rows
+            continue
+        schemas[file] = metadata.schema.to_arrow_schema()
+        count += metadata.num_rows
     if not schemas:
         raise ValueError(f"{found.files[0]} is not a parquet file that can be read.")
+    wanted = stored_names(columns.values(), is_webdataset=False)
     known = count_of(count, "row") + (f" and those of {count_of(unknown, 'damaged file')}" if unknown else "")
     rows = Rows(
-        _stream(parquet_rows, found.files, columns=_wanted(columns)),
+        _stream(parquet_rows, found.files, columns=wanted),
         **columns,
         files=found.files,
-        table=partial(ParquetTable, found.files, _wanted(columns)),
+        table=partial(ParquetTable, found.files, wanted),
         class_names=_agreed_class_names(schemas, columns["label_column"]),
         description=_describe(found, known),
     )
@@ -231,7 +230,7 @@ def _agreed_class_names(schemas: dict[str, pa.Schema], column: str | None) -> li
 
 
 def _open_webdataset(found: LocalFiles, columns: Columns) -> tuple[Rows, list[str]]:
-    wanted = _wanted(columns, is_webdataset=True)
+    wanted = stored_names(columns.values(), is_webdataset=True)
     rows = Rows(
         _stream(webdataset_rows, found.files, columns=wanted),
         **columns,
@@ -254,12 +253,6 @@ def _open_images(found: LocalFiles, columns: Columns, template: str | None) -> t
         description=_describe(found, count_of(len(folder.entries), "row"), folder.left_out, folder.notes),
     )
     return rows, list(folder.columns)
-
-
-def _wanted(columns: Columns, is_webdataset: bool = False) -> tuple[str, ...]:
-    """All names that the columns may have."""
-    wanted = chain.from_iterable(map(names_of, columns.values()))
-    return tuple(name for column in wanted for name in column_names(column, is_webdataset))
 
 
 def _stream(rows, files: tuple[str, ...] | None, **arguments: Any) -> datasets.IterableDataset:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from improved_ldm.data.files import count_of
-from improved_ldm.data.formats import PARQUET_BATCH, batch_rows, present_columns
-from improved_ldm.data.rows import Rows, column_names
+from improved_ldm.data.formats import PARQUET_BATCH, batch_rows, parquet_metadata, present_columns
+from improved_ldm.data.rows import Rows, stored_names
 from improved_ldm.data.shards import rows_of_shards
 from improved_ldm.places import kind_of
 
@@ -24,7 +24,7 @@ def count_rows(rows: Rows) -> int | None:
     kind = kind_of(rows.files[0]) if rows.files else None
     if kind == "parquet":
         return sum(_file_lengths(rows.files))
-    return sum(1 for _ in rows.dataset) if kind == "imagefolder" else None
+    return len(rows.table()) if kind == "imagefolder" else None
 
 
 def spread_rows(rows: Rows, count: int) -> Rows:
@@ -69,13 +69,7 @@ def _places(total: int, count: int) -> np.ndarray:
 
 def _file_lengths(files: tuple[str, ...]) -> list[int]:
     """The number of rows of each parquet file; 0 if it cannot be read."""
-    lengths = []
-    for file in files:
-        try:
-            lengths.append(pq.read_metadata(file).num_rows)
-        except (OSError, UnicodeError, pa.ArrowException):
-            lengths.append(0)
-    return lengths
+    return [metadata.num_rows if metadata else 0 for metadata in map(parquet_metadata, files)]
 
 
 def _parquet_dataset(rows: Rows, chosen: np.ndarray) -> datasets.IterableDataset:
@@ -87,8 +81,8 @@ def _parquet_dataset(rows: Rows, chosen: np.ndarray) -> datasets.IterableDataset
         for file, start, length in zip(rows.files, starts, lengths, strict=True)
     }
     kept = [(file, place) for place, file in enumerate(rows.files) if len(numbers[file]) or not lengths[place]]
-    columns = (rows.image_column, rows.caption_column, rows.label_column)
-    wanted = tuple(name for column in columns if column for name in column_names(column, is_webdataset=False))
+    columns = (rows.image_column, rows.caption_column, rows.label_column, rows.template_column)
+    wanted = stored_names(columns, is_webdataset=False)
     files, places = map(list, zip(*kept, strict=True))
     shards = {"files": files, "numbers": places}
     return datasets.IterableDataset.from_generator(

@@ -9,17 +9,24 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from improved_ldm.data.fingerprint import file_stamp
-from improved_ldm.data.formats import batch_rows, parquet_batches, present_columns, sample_at, sample_offsets
+from improved_ldm.data.formats import (
+    batch_rows,
+    parquet_batches,
+    parquet_metadata,
+    present_columns,
+    sample_at,
+    sample_offsets,
+)
 from improved_ldm.data.rows import BadRowError
 from improved_ldm.data.shards import NO_END_MARK, LostShardError, items_of_shard
 from improved_ldm.data.stored import StoredRow, Table
@@ -82,7 +89,7 @@ class ParquetTable(Table):
         is_large = sum(_column_bytes(file, columns) for file in files) > IN_MEMORY
         self.batches, sizes = [], []
         for file in files:
-            batches = self._mapped(file) if is_large else self._read(file)
+            batches = self._mapped(file) if is_large else list(self._batches_of(file))
             self.batches.append((batches, np.cumsum([len(batch) for batch in batches])))
             sizes.append(sum(map(len, batches)))
         self.ends = np.cumsum(sizes)
@@ -100,16 +107,15 @@ class ParquetTable(Table):
         row = next(batch_rows(batches[batch].slice(in_batch, 1)))
         return StoredRow(row, f"{self.files[shard]}, row {in_shard}", (shard, in_shard))
 
-    def _read(self, file: str) -> list[pa.RecordBatch]:
-        batches = []
-        try:
-            batches.extend(items_of_shard(file, self._batches_of))
-        except LostShardError as error:
-            self.lost[error.place_after(sum(map(len, batches)))] = str(error)
-        return batches
-
     def _batches_of(self, file: str) -> Iterator[pa.RecordBatch]:
-        return parquet_batches(file, self.columns)
+        """The rows of a file; the part that cannot be read is recorded."""
+        rows = 0
+        try:
+            for batch in items_of_shard(file, partial(parquet_batches, columns=self.columns)):
+                rows += len(batch)
+                yield batch
+        except LostShardError as error:
+            self.lost[error.place_after(rows)] = str(error)
 
     def _mapped(self, file: str) -> list[pa.RecordBatch]:
         """The rows of a file, mapped from a copy of it that is written at the first use."""
@@ -129,28 +135,21 @@ class ParquetTable(Table):
         needed, free = _column_bytes(file, self.columns), shutil.disk_usage(copy.parent).free
         if needed > free:
             raise OSError(f"{file} needs {needed / 2**30:.1f} GiB there to be read in any order")
-        unfinished, before = copy.with_suffix(".unfinished"), dict(self.lost)
-        batches, writer = items_of_shard(file, self._batches_of), None
-        rows = 0
-        try:
-            for batch in batches:
-                writer = writer or pa.ipc.new_file(str(unfinished), batch.schema)
-                writer.write_batch(batch)
-                rows += len(batch)
-        except LostShardError as error:
-            self.lost[error.place_after(rows)] = str(error)
+        unfinished, known, writer = copy.with_suffix(".unfinished"), set(self.lost), None
+        for batch in self._batches_of(file):
+            writer = writer or pa.ipc.new_file(str(unfinished), batch.schema)
+            writer.write_batch(batch)
         writer = writer or pa.ipc.new_file(str(unfinished), pa.schema([]))
         writer.close()
-        if lost := {place: reason for place, reason in self.lost.items() if place not in before}:
+        if lost := {place: reason for place, reason in self.lost.items() if place not in known}:
             copy.with_suffix(".json").write_text(json.dumps(lost), encoding="utf-8")
         unfinished.replace(copy)
 
 
 def _column_bytes(file: str, columns: tuple[str, ...]) -> int:
     """Bytes of the columns of a parquet file in memory; 0 if it cannot be read."""
-    try:
-        metadata = pq.read_metadata(file)
-    except (OSError, UnicodeError, pa.ArrowException):
+    metadata = parquet_metadata(file)
+    if metadata is None:
         return 0
     names = set(present_columns(metadata.schema.to_arrow_schema().names, columns))
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))

@@ -48,6 +48,21 @@ def test_a_sample_of_parquet_files_reaches_both_ends(tmp_path_factory, lengths, 
     assert count == 1 or found[-1] == total - 1
 
 
+def test_a_sample_has_all_columns_of_captions_and_the_classes_of_a_template(tmp_path):
+    several = {
+        "short": [f"s{i}" for i in range(60)],
+        "long": [f"l{i}" for i in range(60)],
+        "label": ["cat", None] * 30,
+    }
+    pq.write_table(
+        pa.table({"image": [{"bytes": PNG.getvalue(), "path": None}] * 60, **several}), tmp_path / "a.parquet"
+    )
+    rows = open_rows(tmp_path, caption_column=["short", "long"])
+    assert captions(spread_rows(rows, 5))[:2] == ["s0", "l0"]
+    rows = open_rows(tmp_path, caption_column="none", label_column="label", caption_template="a {label}")
+    assert set(captions(spread_rows(rows, 5))) == {"a cat"}
+
+
 def test_a_damaged_file_of_a_sampled_set_is_reported(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["a"] * 50, 10)
     (tmp_path / "b.parquet").write_bytes(b"not parquet")

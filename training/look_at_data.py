@@ -6,6 +6,7 @@ It takes the configuration and the keys of `train_t2i.py` and `train_class_condi
 Without arguments it looks at the data of the quickstart.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from improved_ldm.bounds import Count, CountOrZero, LocalPath
 from improved_ldm.data.contact_sheet import ContactSheet
 from improved_ldm.data.look import Look
+from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.report import report_lines
 from improved_ldm.data.rows import Rows
 from improved_ldm.data.spread import count_rows, spread_rows
@@ -50,42 +52,41 @@ class Config(RunConfig):
 
 def main(config: Config):
     run = RunConfig.model_validate(config.model_dump(exclude={"look"}))
-    condition = config.look.condition or condition_of(run.of_stage(0).data if run.stages else run.data)
     if not run.stages:
-        look_at(run, condition, config.look, config.look.output)
+        _, mixture = open_first(run.data, config.look.condition)
+        look_at(run, mixture, config.look, config.look.output)
         return
+    condition, mixture = open_first(run.of_stage(0).data, run.stages[0].condition or config.look.condition)
     for number, (name, kind) in enumerate(zip(run.stage_names(), run.stage_conditions(condition), strict=True)):
+        stage = run.of_stage(number)
         print(f"{name}:")
         with naming_part(name):
-            look_at(run.of_stage(number), kind, config.look, config.look.output / f"stage-{number + 1}")
+            mixture = open_data(stage.data, kind == "text") if number else mixture
+            look_at(stage, mixture, config.look, config.look.output / f"stage-{number + 1}")
 
 
-def condition_of(data: DataConfig) -> Condition:
-    """Captions if the set has them, else classes.
+def open_first(data: DataConfig, condition: Condition | None) -> tuple[Condition, Mixture]:
+    """The sets of the first stage, and what is read of them: by default captions if they have any, else classes.
 
     Raises:
-        FileNotFoundError, ValueError: if the set has neither; the error is that of the captions.
+        FileNotFoundError, ValueError: if the sets do not open; if they have neither, it is the error of the captions.
     """
+    if condition is not None:
+        return condition, open_data(data, condition == "text")
     try:
-        open_data(data, takes_text=True)
+        return "text", open_data(data, takes_text=True)
     except ValueError:
-        try:
-            open_data(data, takes_text=False)
-        except ValueError:
-            pass
-        else:
-            return "class"
+        with contextlib.suppress(ValueError):
+            return "class", open_data(data, takes_text=False)
         raise
-    return "text"
 
 
-def look_at(run: RunConfig, condition: Condition, options: LookConfig, folder: Path):
+def look_at(run: RunConfig, mixture: Mixture, options: LookConfig, folder: Path):
     """Look at the sets of a run or of a stage, one after the other.
 
     Raises:
         ValueError: if no row of a set can be used.
     """
-    mixture = open_data(run.data, condition == "text")
     for number, source in enumerate(mixture.sources, 1):
         print(f"{source.name}:" if source.name else "")
         with naming_part(source.name):

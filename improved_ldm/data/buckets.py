@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Buckets:
                 "aspect ratio."
             )
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each bucket, pixels, from the tallest to the widest."""
         square, found = self.resolution, set()

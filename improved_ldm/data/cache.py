@@ -20,6 +20,7 @@ from improved_ldm.data.columns import Column, TextColumn
 from improved_ldm.data.fingerprint import file_stamp, place_files
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
 from improved_ldm.data.order import BatchPlan, PlannedBatch
+from improved_ldm.data.tally import given_by_source, given_state
 from improved_ldm.manifest import find_damage, has_manifest, write_manifest
 from improved_ldm.output import writing
 from improved_ldm.provenance import write_json
@@ -227,7 +228,7 @@ class CachedLoader:
             "plan": self.plan.state_dict(),
             "batch_size": self.batch_size,
             "world_size": self.world_size,
-            "given": {str(source): count for source, count in self.given.items()},
+            **given_state(self.given),
             "skipped_rows": self.cache.skipped_rows if self.rank == 0 else {},
         }
 
@@ -241,7 +242,7 @@ class CachedLoader:
             if state[name] != (value := getattr(self, name)):
                 raise ValueError(f"the run was stopped with `{name}` {state[name]}; it cannot resume with {value}.")
         self.plan.load_state_dict(state["plan"])
-        self.given = Counter({int(source): count for source, count in state["given"].items()})
+        self.given = given_by_source(state)
 
 
 def publish_cache(unfinished: Path, folder: Path):

@@ -5,6 +5,7 @@ from random import Random
 
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm.data.cuts import crop_box, cut_lines, is_mirrored
 from improved_ldm.data.look import Seen
@@ -120,7 +121,7 @@ def _cropped(seen: Seen) -> Image.Image:
 
 
 def _sample(seen: Seen) -> Image.Image:
-    return _fitted(Image.fromarray(seen.pixels.permute(1, 2, 0).contiguous().numpy()))
+    return _fitted(to_pil_image(seen.pixels))
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -19,7 +19,9 @@ from improved_ldm.data.mixed_streams import BatchedRows, MixedRows
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.rows import Row, Rows
 from improved_ldm.data.stream import RowStream
+from improved_ldm.data.tally import given_by_source, given_state
 from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.naming import naming_part
 from improved_ldm.resolution import side_of
 
 
@@ -57,12 +59,12 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the rows, and how many samples were given, by source."""
-        return {"rows": self.batches.state_dict(), "given": {str(source): n for source, n in self.given.items()}}
+        return {"rows": self.batches.state_dict(), **given_state(self.given)}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Start the next iteration where `state_dict` was taken."""
         self.batches.load_state_dict(state["rows"])
-        self.given = Counter({int(source): count for source, count in state["given"].items()})
+        self.given = given_by_source(state)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,10 +206,8 @@ def index_sources(mixture: Mixture, buckets: Buckets | None = None) -> list[Inde
         return None
     found = []
     for source in mixture.sources:
-        try:
+        with naming_part(source.name):
             found.append(IndexedSource.of(source.rows, buckets))
-        except ValueError as error:
-            raise ValueError(f"{source.name}: {error}" if source.name else str(error)) from error
     return found
 
 

@@ -35,7 +35,7 @@ class Seen:
         image: the image, RGB, possibly decoded at a reduced size.
         caption: the caption; None if captions are not read.
         label: the class; None if classes are not read.
-        pixels: (3, height, width) float32 sample in [-1, 1].
+        pixels: (3, height, width) uint8 sample.
         control: its control record.
     """
 

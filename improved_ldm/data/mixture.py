@@ -64,19 +64,12 @@ class Mixture:
         if len(sources) == 1:
             return cls(sources)
         numbers = {name: number for number, name in enumerate(union)}
-        return cls(
-            tuple(
-                replace(
-                    source,
-                    rows=replace(
-                        source.rows,
-                        class_names=union,
-                        own_classes=tuple(numbers[name] for name in names),
-                    ),
-                )
-                for source, names in zip(sources, named, strict=True)
-            )
+        own_classes = (tuple(numbers[name] for name in names) for names in named)
+        joined = (
+            replace(source.rows, class_names=union, own_classes=own)
+            for source, own in zip(sources, own_classes, strict=True)
         )
+        return cls(tuple(replace(source, rows=rows) for source, rows in zip(sources, joined, strict=True)))
 
     @property
     def rows(self) -> tuple[Rows, ...]:

@@ -130,6 +130,11 @@ def skipped_rows(state: Any) -> dict[str, int]:
     return skipped_rows(list(state.values()))
 
 
+def given_state(given: Mapping[int, int]) -> dict[str, dict[str, int]]:
+    """Part of a loader's state: the number of samples that it has given, by the number of their source."""
+    return {"given": {str(source): count for source, count in given.items()}}
+
+
 def given_by_source(state: Any) -> Counter[int]:
     """Number of samples that loaders have given, by the number of their source, from their states."""
     if isinstance(state, list | tuple):

@@ -87,7 +87,7 @@ MEASURES: dict[str, Callable[[Image.Image], Any]] = {"colour": colour_statistics
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """An RGB image as a (3, height, width) uint8 tensor."""
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def pixel_values(pixels: torch.Tensor) -> torch.Tensor:

@@ -161,17 +161,16 @@ def _reconstruct(config: SharedConfig, encoder: SampleEncoder, pixels: list[torc
 
 def _autoencoder_warnings(config: SharedConfig, reconstructions: Reconstructions) -> list[str]:
     saturation, kept = reconstructions.saturations()
-    quality = reconstructions.mean_psnr()
-    lost = ["colours"] * (saturation >= COLOURED and kept < MIN_COLOUR * saturation) + ["details"] * (
-        quality < MIN_PSNR
-    )
+    decibels = reconstructions.mean_psnr()
+    lost = ["colours"] if saturation >= COLOURED and kept < MIN_COLOUR * saturation else []
+    lost += ["details"] if decibels < MIN_PSNR else []
     if not lost:
         return []
     return _warning(
         config,
         f"the autoencoder {config.autoencoder.pretrained} loses {' and '.join(lost)}, and no sample can have more",
         f"{len(reconstructions.images)} images of {size_text(config.transform.resolution)} pixels: mean saturation "
-        f"{saturation:.3f}, of their reconstructions {kept:.3f}; PSNR {quality:.1f} dB, {MIN_PSNR} or more is usable",
+        f"{saturation:.3f}, of their reconstructions {kept:.3f}; PSNR {decibels:.1f} dB, {MIN_PSNR} or more is usable",
         "set `autoencoder.pretrained` to one trained on your images (training/train_autoencoder.py), or to one of the "
         "Hub, such as stabilityai/sd-vae-ft-mse",
     )

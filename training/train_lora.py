@@ -31,6 +31,7 @@ from improved_ldm.trainer.lock import released_locks
 from improved_ldm.trainer.loop import Hook, Start, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import class_rows, prompt_rows
+from improved_ldm.trainer.suitability import check_networks
 
 DEFAULT = Path(__file__).parent / "configs" / "lora_fashion.yaml"
 
@@ -63,6 +64,7 @@ def train_adapter(config: AdapterRunConfig):
         grid_rows = prompt_rows(config.sampling.prompts, encoder, look)
     else:
         grid_rows = class_rows(pipeline.denoiser.config.num_classes)
+    check_networks(run, [config], [rows], [encoder])
 
     # The training, in the loop that all scripts share.
     batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)

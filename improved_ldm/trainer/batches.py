@@ -44,16 +44,23 @@ def open_batches(
         ValueError: if the run resumes and its data has changed.
         OutputError: if a cache cannot be written.
     """
+    loader = _open_loader(run, mixture, encoder_of_run(run, encoder), control_inputs)
+    if is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
+        return loader
+    ahead = run.config.training.prefetch
+    return Prefetcher(loader, ahead, run.accelerator.device) if ahead else loader
+
+
+def encoder_of_run(run: Run, encoder: SampleEncoder) -> SampleEncoder:
+    """An encoder in the precision of a run: copies, except of a text encoder that is trained."""
     device, config = run.accelerator.device, run.config
     encoder = replace(encoder, vae=encoding_copy(encoder.vae, compute_dtype(config.autoencoder.dtype, device)))
-    if _is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
-        return _open_loader(run, mixture, encoder, control_inputs)
-    text_encoder = in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device))
-    loader = _open_loader(run, mixture, replace(encoder, text_encoder=text_encoder), control_inputs)
-    return Prefetcher(loader, config.training.prefetch, device) if config.training.prefetch else loader
+    if is_trained(encoder.text_encoder):
+        return encoder
+    return replace(encoder, text_encoder=in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device)))
 
 
-def _is_trained(text_encoder: PreTrainedModel | None) -> bool:
+def is_trained(text_encoder: PreTrainedModel | None) -> bool:
     """Whether a text encoder has an adapter that is trained with the denoiser."""
     return text_encoder is not None and any(parameter.requires_grad for parameter in text_encoder.parameters())
 

@@ -40,6 +40,7 @@ from improved_ldm.trainer.sections import (
     SamplingConfig,
     TextConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 from improved_ldm.transfer.resolution import GuidanceTransfer, NoiseTransfer
 
@@ -57,6 +58,7 @@ __all__ = [
     "StageConfig",
     "TextConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]
 
 MAX_STAGES = 100
@@ -80,6 +82,8 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "text_encoder": "text.pretrained",
     "max_tokens": "text.max_tokens",
     "learning_rate": "optimizer.learning_rate",
+    "validation_source": "validation.source",
+    "validation_split": "validation.split",
 }
 KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that only stages of one kind read
     "class": ("label_column", "num_classes"),
@@ -118,6 +122,7 @@ class SharedConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     sampling: SamplingConfig = SamplingConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: ObedienceConfig = ObedienceConfig()
     hub: HubConfig = HubConfig()
 
@@ -206,6 +211,10 @@ class StageConfig(Section):
     """Number of tokens per prompt, in a stage with text."""
     learning_rate: Positive | None = None
     """Peak learning rate."""
+    validation_source: Place | None = None
+    """Held-out images of the stage, as in `validation.source`."""
+    validation_split: Text | None = None
+    """Split of the held-out images, as in `validation.split`."""
     positions: PositionTransfer = "resample"
     """How the positions of patches change when the stage begins."""
     noise: NoiseTransfer = "rescale"

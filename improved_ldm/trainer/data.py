@@ -1,6 +1,7 @@
 """The sets of a run: opened, and looked at before training."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -31,8 +32,13 @@ class Survey:
     original_side: int
 
 
-def open_data(config: DataConfig, takes_text: bool) -> Mixture:
+def open_data(config: DataConfig, takes_text: bool, keys: Mapping[str, str] = DATA_KEYS) -> Mixture:
     """Open the sets of a run, with captions or with class labels.
+
+    Args:
+        config: the sets.
+        takes_text: whether captions are read, or labels.
+        keys: keys of the configuration by the names of arguments, for messages.
 
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
@@ -43,7 +49,7 @@ def open_data(config: DataConfig, takes_text: bool) -> Mixture:
             _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
         )
         prefix = f"data.sources[{number}]" if config.sources else "data"
-        with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in DATA_KEYS.items()}):
+        with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in keys.items()}):
             rows = open_rows(source.source, source.split, source.name, source.image_column, **columns)
             rows = replace(rows, label_column=None) if takes_text else rows
         used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)

@@ -45,6 +45,16 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]): ...
 
 
+class Measuring(Protocol):
+    """Measures models during training and changes neither them nor the training."""
+
+    def resume(self, step: int):
+        """Continue after a step."""
+
+    def after_step(self, step: int, live: nn.Module, averaged: nn.Module):
+        """Measure what is due after a step, counted from 1, on all processes together."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What training starts from.
@@ -77,7 +87,9 @@ class Hook:
     call: Callable[[Denoiser, int], None] | None
 
 
-def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) -> Denoiser:
+def train(
+    run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = (), validation: Measuring | None = None
+) -> Denoiser:
     """Train a denoiser from the newest checkpoint, or from the start, to the last step of the configuration.
 
     If a denoiser has adapters, only these are trained, averaged and saved in checkpoints.
@@ -94,6 +106,7 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
         start: the model, the objective, the average and the moments to begin with.
         batches: this process's share of the data.
         hooks: functions to call at regular steps.
+        validation: what is measured of held-out images.
 
     Returns:
         The averaged denoiser (float32).
@@ -111,6 +124,8 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
     checkpoints = Checkpoints(accelerator, folder, keep, ema, batches, frozen, run.images_per_step, run.config)
     first_step, kept_progress = checkpoints.resume()
     progress = Progress(run, first_step, kept_progress)
+    if validation is not None:
+        validation.resume(first_step)
     if first_step:
         goes_on = "training resumes from there" if first_step < config.steps else "no step is left to train"
         run.say(f"{run.named_step(first_step)} is done; {goes_on}")
@@ -146,6 +161,8 @@ def train(run: Run, start: Start, batches: Batches, hooks: Sequence[Hook] = ()) 
                 if file is not None:
                     run.say(f"{file} holds the batch of the first skipped step")
                 progress.check_skipped()
+            if validation is not None:
+                validation.after_step(done, inner, ema.module)
             for hook in hooks:
                 if hook.every and done % hook.every == 0:
                     _call_on_main(run, hook.call, ema.module, done)

@@ -1,4 +1,4 @@
-"""Reports of a run: a progress bar, trackers, the loss curve."""
+"""Reports of a run: a progress bar, trackers, the history of the loss."""
 
 import json
 import math
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from tqdm import tqdm
 
@@ -16,9 +15,6 @@ from improved_ldm.provenance import read_json_lines, write_json_lines
 from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.nonfinite import NonFiniteLossError
 from improved_ldm.trainer.run import Run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 class Progress:
@@ -177,15 +173,3 @@ def last_loss(history: list[dict[str, Any]]) -> float | None:
 def _or_none(value: float) -> float | None:
     """A value for JSON, which has no NaN; None if it is not finite."""
     return value if math.isfinite(value) else None
-
-
-def plot_loss(history: list[dict[str, Any]], file: Path):
-    """Plot the loss against the images seen, on logarithmic axes."""
-    history = [record for record in history if record["loss"] is not None]
-    images, losses = [record["images"] for record in history], [record["loss"] for record in history]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(images, losses)
-    axes.set(xscale="log", yscale="log", xlabel="images seen", ylabel="training loss, mean of a log interval")
-    axes.grid(True, which="both", alpha=0.2)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)

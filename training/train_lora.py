@@ -24,11 +24,12 @@ from improved_ldm.trainer.adapters import (
 from improved_ldm.trainer.batches import image_transform, open_batches
 from improved_ldm.trainer.config import AdapterRunConfig
 from improved_ldm.trainer.data import check_buckets, open_data, survey
+from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
 from improved_ldm.trainer.hub_push import pipeline_pusher
 from improved_ldm.trainer.lock import released_locks
-from improved_ldm.trainer.loop import Hook, Start, train
+from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import class_rows, prompt_rows
 
@@ -68,7 +69,7 @@ def train_adapter(config: AdapterRunConfig):
     batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)
     sample = grid_sampler(pipeline, grid_rows, config.seed, run.folder / "samples")
     hooks = [Hook(config.sampling.every, sample), Hook(config.hub.push_every, push)]
-    set_trained(pipeline, train(run, Start(adapted, base_objective(config, pipeline)), batches, hooks))
+    set_trained(pipeline, train(run, DenoiserTask(adapted, base_objective(config, pipeline)), batches, hooks))
     finish(run, pipeline, grid_rows, started)
     run.accelerator.end_training()
 

@@ -70,7 +70,7 @@ def train_stages(config: RunConfig, condition: Condition):
         push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
         grid_rows = semantic.grid_rows(encoder, look)
         validation = open_validation(run, held_out[stage.number], start, encoder, pipeline)
-        batches = open_batches(run, data[stage.number], encoder, start.denoiser.control_inputs)
+        batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs)
         sample = grid_sampler(pipeline, grid_rows, run.config.seed, run.folder / "samples")
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
         pipeline.denoiser = train(run, start, batches, hooks, validation)

@@ -12,7 +12,7 @@ from improved_ldm.data.cache import CachedLoader, LatentCache
 from improved_ldm.data.fingerprint import data_changes, data_fingerprint
 from improved_ldm.data.indexed import index_lines
 from improved_ldm.data.latents import EncodingLoader, SampleEncoder
-from improved_ldm.data.loader import index_sources, make_loader
+from improved_ldm.data.loader import SampleLoader, index_sources, make_loader
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.prefetch import Prefetcher
 from improved_ldm.data.transforms import MEASURES, ImageTransform
@@ -20,10 +20,10 @@ from improved_ldm.provenance import write_text
 from improved_ldm.trainer.caching import filled_cache
 from improved_ldm.trainer.checkpoints import DATA, kept_file
 from improved_ldm.trainer.components import compute_dtype, in_dtype
-from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.data import run_buckets
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.task_config import TaskConfig
 
 
 def open_batches(
@@ -69,34 +69,52 @@ def _open_loader(
     run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str]
 ) -> CachedLoader | EncodingLoader:
     config, accelerator = run.config, run.accelerator
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    on_main_process(lambda: _check_same_data(run, mixture))
-    for description in mixture.descriptions():
-        run.say(description)
+    announce(run, mixture)
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes or config.cache.pretrained:
         cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
-        return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
+        place = (accelerator.process_index, accelerator.num_processes)
+        return CachedLoader(cache, config.training.batch_size, config.seed, *place, mixture.shares)
+    return EncodingLoader(sample_loader(run, mixture, transform), encoder)
+
+
+def announce(run: Run, mixture: Mixture):
+    """Print what is read, after a check that a run resumes with the data it began with.
+
+    Raises:
+        ValueError: if the data has changed.
+    """
+    on_main_process(lambda: _check_same_data(run, mixture))
+    for description in mixture.descriptions():
+        run.say(description)
+
+
+def sample_loader(run: Run, mixture: Mixture, transform: ImageTransform) -> SampleLoader:
+    """The loader of one rank's training images and what belongs to them, not encoded; prints what it finds.
+
+    Raises:
+        ValueError: if there are buckets and a set is a stream, or no row of a set is used.
+    """
+    config, buckets = run.config, run_buckets(run.config.transform)
     indexed = index_sources(mixture, buckets)
     for source, found in zip(mixture.sources, indexed or (), strict=False):
         for line in index_lines(source.name, found, buckets, config.training.batch_size):
             run.say(line)
-    loader = make_loader(
+    return make_loader(
         mixture,
         transform,
         config.training.batch_size,
         config.seed,
         config.data.shuffle_window,
-        rank=rank,
-        world_size=world_size,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
         num_workers=config.data.num_workers,
         buckets=buckets,
         indexed=indexed,
     )
-    return EncodingLoader(loader, encoder)
 
 
-def image_transform(config: SharedConfig, control_inputs: Collection[str] = ()) -> ImageTransform:
+def image_transform(config: TaskConfig, control_inputs: Collection[str] = ()) -> ImageTransform:
     """The transform of a run's training images, with the measurements that these control inputs need."""
     fields = config.transform.model_dump(exclude={"buckets", "bucket_step", "max_aspect"})
     return ImageTransform(**fields, measured=MEASURES.keys() & control_inputs)

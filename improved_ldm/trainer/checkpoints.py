@@ -17,8 +17,8 @@ from improved_ldm.data.tally import given_by_source, skipped_rows
 from improved_ldm.manifest import MANIFEST, find_damage, has_manifest, is_intact, write_manifest
 from improved_ldm.output import writing
 from improved_ldm.provenance import write_json, write_text
-from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.processes import on_main_process
+from improved_ldm.trainer.task_config import TaskConfig
 
 CONFIG, HISTORY, VALIDATION, DATA = "config.yaml", "history.jsonl", "validation.jsonl", "data.json"
 SWITCH = "switch.json"  # what a stage keeps of the stage before, if its conditions are others
@@ -53,7 +53,7 @@ class Checkpoints:
         batches,
         frozen: frozenset[str],
         images_per_step: int,
-        config: SharedConfig,
+        config: TaskConfig,
     ):
         self.accelerator, self.folder, self.keep, self.ema, self.batches = accelerator, folder, keep, ema, batches
         self.frozen, self.images_per_step, self.config = frozen, images_per_step, config

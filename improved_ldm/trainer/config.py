@@ -1,22 +1,18 @@
 """The configuration of a training run; `trainer.sections` has its parts, `settings` reads it."""
 
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import Field, model_validator
 
 from improved_ldm.bounds import (
-    SHAREABLE,
     BatchSize,
     Classes,
     Columns,
     Count,
     Place,
     Positive,
-    Seed,
     Sides,
     Text,
     Width,
@@ -29,7 +25,7 @@ from improved_ldm.naming import naming_keys
 from improved_ldm.resolution import size_text
 from improved_ldm.sampling.steps import set_steps
 from improved_ldm.settings import Section
-from improved_ldm.trainer.data_sections import DataConfig, SourceConfig, TransformConfig
+from improved_ldm.trainer.data_sections import DataConfig, SourceConfig
 from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.sections import (
     AutoencoderConfig,
@@ -42,6 +38,7 @@ from improved_ldm.trainer.sections import (
     TrainingConfig,
     ValidationConfig,
 )
+from improved_ldm.trainer.task_config import TaskConfig
 from improved_ldm.transfer.resolution import GuidanceTransfer, NoiseTransfer
 
 __all__ = [
@@ -91,60 +88,21 @@ KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that
 }
 
 
-def check_trackers(names: Collection[str]):
-    """Raise a ValueError for a tracker that accelerate does not know, or that is not installed."""
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"`training.trackers` has {name!r}; it may have {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name not in get_available_trackers():
-            raise ValueError(f"`training.trackers` has {name!r}, which is not installed: pip install {name}")
-
-
-def check_adan():
-    """Raise a ValueError if timm, which has Adan, is not installed."""
-    if find_spec("timm") is None:
-        raise ValueError("`optimizer.name` is adan, which needs timm: pip install timm")
-
-
-class SharedConfig(Section):
-    """Settings of every training run."""
+class SharedConfig(TaskConfig):
+    """Settings of every training of a denoiser or an adapter."""
 
     output_dir: Place = "runs/quickstart"
     """Folder for everything that the run writes."""
-    seed: Seed = 0
-    """Seed of weights, data order, noise and samples."""
     data: DataConfig = DataConfig()
-    transform: TransformConfig = TransformConfig()
     cache: CacheConfig = CacheConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     sampling: SamplingConfig = SamplingConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: ObedienceConfig = ObedienceConfig()
     hub: HubConfig = HubConfig()
-
-    @model_validator(mode="after")
-    def _updates_its_average(self):
-        """Refuse a run whose average would stay at the initial weights."""
-        if self.optimizer.ema_every > self.training.steps:
-            every, steps = self.optimizer.ema_every, self.training.steps
-            raise ValueError(
-                f"`optimizer.ema_every` is {every}; it must be at most `training.steps`, which is {steps}."
-            )
-        return self
-
-    def check_given(self, typed: Collection[str], filed: Collection[str]):
-        if "training.trackers" in {*typed, *filed}:
-            check_trackers(self.training.trackers)
-        if self.optimizer.name == "adan":
-            check_adan()
-
-    def file_values(self) -> dict[str, Any]:
-        """The keys and values to save next to the weights, without local folders, because they may be published."""
-        return self.model_dump(mode="json", context=SHAREABLE)
 
 
 class LoraConfig(Section):

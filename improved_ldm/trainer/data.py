@@ -1,20 +1,26 @@
 """The sets of a run: opened, and looked at before training."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from improved_ldm.data.buckets import Buckets, default_step
-from improved_ldm.data.filters import RowFilter
 from improved_ldm.data.mixture import Mixture, Source
 from improved_ldm.data.sources import Rows, RowStream, open_rows
 from improved_ldm.data.tally import skipped_rows
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import shareable_place
-from improved_ldm.trainer.config import DataConfig
-from improved_ldm.trainer.data_sections import SourceConfig, TransformConfig
+from improved_ldm.trainer.data_sections import (
+    DataConfig,
+    ImageDataConfig,
+    ImageSourceConfig,
+    LabelledDataConfig,
+    LabelledSourceConfig,
+    SourceConfig,
+    TransformConfig,
+)
 
 SURVEYED_ROWS = 256
 
@@ -33,33 +39,53 @@ class Survey:
 
 
 def open_data(config: DataConfig, takes_text: bool, keys: Mapping[str, str] = DATA_KEYS) -> Mixture:
-    """Open the sets of a run, with captions or with class labels.
+    """Open the sets of a run, with captions or with class labels; the arguments are those of `open_sets`."""
+    return open_sets(config, text_columns, keys) if takes_text else open_labelled(config, keys)
+
+
+def open_labelled(config: LabelledDataConfig, keys: Mapping[str, str] = DATA_KEYS) -> Mixture:
+    """Open the sets of a run with class labels; the arguments are those of `open_sets`."""
+
+    def columns(source: LabelledSourceConfig) -> dict[str, Any]:
+        return {"caption_column": None, "label_column": source.label_column}
+
+    return open_sets(config, columns, keys, reads_labels=True)
+
+
+def open_images(config: ImageDataConfig, keys: Mapping[str, str] = DATA_KEYS) -> Mixture:
+    """Open the sets of a run, without captions or labels; the arguments are those of `open_sets`."""
+    return open_sets(config, lambda _: {"caption_column": None}, keys)
+
+
+def open_sets(
+    config: ImageDataConfig,
+    columns_of: Callable[[ImageSourceConfig], dict[str, Any]],
+    keys: Mapping[str, str] = DATA_KEYS,
+    reads_labels: bool = False,
+) -> Mixture:
+    """Open the sets of a run.
 
     Args:
         config: the sets.
-        takes_text: whether captions are read, or labels.
+        columns_of: function from a set to the arguments of `open_rows` that say what is read besides images.
         keys: keys of the configuration by the names of arguments, for messages.
+        reads_labels: whether labels are read with the rows.
 
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
     """
     sources = []
     for number, source in enumerate(config.each_source()):
-        columns = (
-            _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
-        )
         prefix = f"data.sources[{number}]" if config.sources else "data"
         with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in keys.items()}):
-            rows = open_rows(source.source, source.split, source.name, source.image_column, **columns)
-            rows = replace(rows, label_column=None) if takes_text else rows
-        used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)
-        rows = replace(rows, row_filter=used, caption_prefix=source.caption_prefix or "")
+            rows = open_rows(source.source, source.split, source.name, source.image_column, **columns_of(source))
+        rows = source.apply(rows if reads_labels else replace(rows, label_column=None))
         sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
     with naming_keys(num_classes="data.num_classes"):
-        return Mixture.join(tuple(sources), None if takes_text else config.num_classes)
+        return Mixture.join(tuple(sources), config.num_classes if reads_labels else None)
 
 
-def _text_columns(source: SourceConfig) -> dict[str, Any]:
+def text_columns(source: SourceConfig) -> dict[str, Any]:
     """The arguments of `open_rows` for captions."""
     template = source.caption_template
     return {

@@ -13,12 +13,12 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from improved_ldm.output import writing
 from improved_ldm.trainer.checkpoints import CONFIG, write_config
-from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.launcher import open_accelerator
 from improved_ldm.trainer.lock import lock_folder
 from improved_ldm.trainer.optimizer import scaled
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.same_run import check_same_processes, check_same_run
+from improved_ldm.trainer.task_config import TaskConfig
 
 EVALUATION_TIME = timedelta(hours=3)  # longest time that processes wait for the main one
 
@@ -52,7 +52,7 @@ class Run:
         clock: clock of the time that the run takes.
     """
 
-    config: SharedConfig
+    config: TaskConfig
     folder: Path
     accelerator: Accelerator
     stage: str = ""
@@ -74,7 +74,7 @@ class Run:
             self.accelerator.print(text)
 
 
-def start_run(config: SharedConfig) -> Run:
+def start_run(config: TaskConfig) -> Run:
     """Lock the run's folder, write its configuration there, seed the weights and print the images per step.
 
     A scaled learning rate is printed as well.

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from improved_ldm.trainer.checkpoints import CONFIG, checkpoint_steps, kept_file, left_by_processes
-from improved_ldm.trainer.config import SharedConfig
+from improved_ldm.trainer.task_config import TaskConfig
 
 # Keys that may change without making it another run.
 FREE_KEYS = (
@@ -28,7 +28,7 @@ FREE_KEYS = (
 )
 
 
-def check_same_run(config: SharedConfig, folder: Path):
+def check_same_run(config: TaskConfig, folder: Path):
     """Raise a ValueError if the folder holds a run that was started with another configuration.
 
     The earlier configuration is that of the newest checkpoint. If no checkpoint has one, it is that of the folder,
@@ -68,7 +68,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return values
 
 
-def _completed(config_class: type[SharedConfig], values: dict[str, Any]) -> dict[str, Any]:
+def _completed(config_class: type[TaskConfig], values: dict[str, Any]) -> dict[str, Any]:
     """An earlier configuration with defaults for missing keys; one that is not valid stays as it is."""
     try:
         return config_class.model_validate(values).model_dump(mode="json")

@@ -1,13 +1,11 @@
 """The sections of a training run's configuration."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from huggingface_hub.constants import DEFAULT_REVISION
-from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from improved_ldm.bounds import (
-    BatchSize,
     Count,
     CountOrZero,
     NotNegative,
@@ -15,12 +13,10 @@ from improved_ldm.bounds import (
     Passes,
     Place,
     Positive,
-    Prefetched,
     Probability,
     SamplerSteps,
     Share,
     Text,
-    Threads,
     Width,
 )
 from improved_ldm.conditioning.control import DEFAULT_PARTS, ControlPart
@@ -34,7 +30,8 @@ from improved_ldm.models.family import check_options, denoiser_class, preset
 from improved_ldm.models.trunk import ConditioningMode, ControlRoute
 from improved_ldm.places import check_repository_name
 from improved_ldm.settings import Section
-from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, UNLAUNCHED, launched_with
+from improved_ldm.trainer.data_sections import HeldOutConfig
+from improved_ldm.trainer.loop_config import LoopConfig
 
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -155,37 +152,9 @@ class ObjectiveConfig(Section):
         return self
 
 
-def _or_as_launched(key: str) -> WrapValidator:
-    """Use the launcher's value for a key of `training` that is not given."""
-
-    def check(value, validate: Callable):
-        if value is not None:
-            return validate(value)
-        asked = launched_with(key)
-        try:
-            return validate(asked or UNLAUNCHED[key])
-        except ValidationError as error:
-            variable = LAUNCHER_VARIABLES[key]
-            raise ValueError(f"{variable} is {asked!r}: {error.errors()[0]['msg']}") from error
-
-    return WrapValidator(check)
-
-
-class TrainingConfig(Section):
+class TrainingConfig(LoopConfig):
     """The training loop."""
 
-    steps: Count = 400_000
-    """Optimizer steps."""
-    batch_size: BatchSize = 32
-    """Images per process and micro-batch."""
-    gradient_accumulation_steps: Annotated[BatchSize, _or_as_launched("gradient_accumulation_steps")] = Field(
-        None, validate_default=True
-    )
-    """Micro-batches per step; default: the launcher's value, or 1."""
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], _or_as_launched("mixed_precision")] = Field(
-        None, validate_default=True
-    )
-    """Mixed precision; default: the launcher's value, or `no`."""
     semantic_dropout: Probability = 0.1
     """Probability that an image is trained with the null prompt or class."""
     control_dropout: Probability = 0.1
@@ -194,25 +163,6 @@ class TrainingConfig(Section):
     """Recompute blocks in the backward pass to save memory."""
     compile: bool = False
     """Compile the repeated blocks of the denoiser."""
-    max_skipped_steps: CountOrZero = 100
-    """Largest number of skipped (non-finite) steps in a row before the run stops; at most half of `steps`."""
-    log_every: Count = 10
-    """Steps between entries in the trackers and the loss curve."""
-    checkpoint_every: Count = 5000
-    """Steps between checkpoints."""
-    keep_checkpoints: Count = 2
-    """Number of checkpoints that are kept."""
-    trackers: tuple[Text, ...] = ("tensorboard",)
-    """Trackers of accelerate: `tensorboard`, `wandb`, …"""
-    prefetch: Prefetched = 2
-    """Batches that are read and encoded ahead, in a thread of each process; 0 prepares each when it is needed."""
-    cpu_threads: Threads | None = None
-    """Threads per process without a GPU; by default the processes share the cores."""
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value):
-        return "no" if value is False else value  # YAML 1.1 reads a bare no as false
 
 
 class SamplingConfig(Section):
@@ -240,13 +190,9 @@ class SamplingConfig(Section):
         return options
 
 
-class ValidationConfig(Section):
+class ValidationConfig(HeldOutConfig):
     """Held-out images: their loss during training, and the distance of a few samples to them."""
 
-    source: Place | None = None
-    """Set of the held-out images, with the columns of `data`; default: that of `data`."""
-    split: Text | None = None
-    """Split of the held-out images; default: `validation` or `test`, if a local set has one."""
     every: CountOrZero | None = None
     """Steps between held-out losses; default: as often as costs 2% of the training; 0 measures none."""
     num_images: Annotated[Count, Field(le=10_000)] = 64

@@ -76,11 +76,13 @@ def _open_loader(
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes or config.cache.pretrained:
         cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
+        for line in cache.bucket_lines(buckets, config.training.batch_size) if buckets else ():
+            run.say(line)
         return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
     indexed = index_sources(mixture, buckets)
-    for source, found in zip(mixture.sources, indexed or (), strict=False):
-        for line in index_lines(source.name, found, buckets, config.training.batch_size):
-            run.say(line)
+    named = zip((source.name for source in mixture.sources), indexed or (), strict=False)
+    for line in index_lines(named, buckets, config.training.batch_size):
+        run.say(line)
     loader = make_loader(
         mixture,
         transform,

@@ -14,10 +14,12 @@ from improved_ldm.diffusion.objectives import Objective
 from improved_ldm.output import writing
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.provenance import read_json_lines, write_json_lines
-from improved_ldm.trainer.checkpoints import VALIDATION
+from improved_ldm.trainer.checkpoints import HISTORY, VALIDATION
 from improved_ldm.trainer.held_out import LEVELS, HeldOutImages, level_timesteps
-from improved_ldm.trainer.held_out_data import SPLITS, HeldOut
+from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut
 from improved_ldm.trainer.loop import Start
+from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
+from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.sample_distance import DISTANCES, SampleDistance
 
@@ -91,8 +93,16 @@ class Validation:
         self.records.append({"step": step, "images": step * self.run.images_per_step, **measured})
         with writing(self.file):
             write_json_lines(self.file, self.records)
+        if "loss" in measured:
+            live, averaged = (_in_words(measured[name]) for name in ("loss", "averaged_loss"))
+            self.run.say(f"step {step}: held-out loss {live}, of the averaged weights {averaged}")
         tracked = {f"validation/{name}": value for name, value in _tracked(measured).items() if value is not None}
         self.run.accelerator.log(tracked, step=step)
+
+    def draw(self):
+        """Draw the losses until now, on the main process."""
+        if self.run.accelerator.is_main_process:
+            plot_loss(read_history(self.run.folder / HISTORY, self.run.say), self.records, self.run.folder / PICTURE)
 
 
 def _tracked(measured: dict[str, Any]) -> dict[str, float | None]:
@@ -124,10 +134,7 @@ def open_validation(
     config = run.config.validation
     if held_out is None:
         if config.every != 0:
-            run.say(
-                f"no held-out loss: `data` has no split {' or '.join(SPLITS)} to find held-out images in; "
-                "`validation.source` or `validation.split` names them"
-            )
+            run.say(f"no held-out loss: {NO_SPLIT}; `validation.split` or `validation.source` names held-out images")
         return None
     images = distance = None
     if config.every != 0:
@@ -156,11 +163,15 @@ def read_validation(folder: Path, say: Callable[[str], Any]) -> list[dict[str, A
     return [record for record in read_json_lines(folder / VALIDATION, on_damage=say) if "step" in record]
 
 
-def last_held_out(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last record with a held-out loss; None if there is none."""
-    return next((record for record in reversed(records) if "loss" in record), None)
+def held_out_at(records: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The record with the held-out loss after a step; None if there is none."""
+    return next((record for record in records if "loss" in record and record["step"] == step), None)
 
 
 def _or_none(value: torch.Tensor) -> float | None:
     """A value for JSON, which has no NaN; None if it is not finite."""
     return value.item() if value.isfinite() else None
+
+
+def _in_words(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

@@ -151,7 +151,7 @@ class LatentCache:
         if not shards:
             raise ValueError(f"the cache {folder} holds no shards.")
         sizes = [len(shard["latents"]) for shard in shards]
-        order = torch.cat([shard["seed"] for shard in shards]).argsort(stable=True)
+        order = torch.cat([shard["seed"] for shard in shards]).argsort(stable=True).numpy()
         self.shard_of = np.repeat(np.arange(len(shards)), sizes)[order]
         self.row_of = np.concatenate([np.arange(size) for size in sizes])[order]
         self.shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})

@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from improved_ldm.conditioning.control import Control
-from improved_ldm.conditioning.text import TOKENIZING
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.cuts import enlargement, share_cut_away
 from improved_ldm.data.duplicates import Duplicates
@@ -19,6 +18,7 @@ from improved_ldm.data.loader import bucket_transforms
 from improved_ldm.data.rows import BadRowError, Rows
 from improved_ldm.data.shards import LOST
 from improved_ldm.data.stored import StoredRow, stored_windows
+from improved_ldm.data.token_counts import TokenCounts
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.seeds import derive_seed
 
@@ -69,14 +69,14 @@ class Look:
 
     `skipped` and `lost` count rows and shards that cannot be used, by reason, and `first_place` has the place of the
     first of them; `left_out` counts rows that the filter of the set leaves out. `sizes` counts images by (height,
-    width), `samples` by the size of the sample, `tokens` captions by their length, `labels` rows by their class.
+    width), `samples` by the size of the sample, `labels` rows by their class; `tokens` counts the tokens of captions.
 
     Args:
         rows: the opened set.
         transform: the transform of the training images.
         buckets: sizes of the samples; None for the size of the transform.
         seed: seed of the run.
-        tokenizer: tokenizer of the captions; None if they are not read.
+        tokenizer: tokenizer of the captions; None does not count their tokens.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Look:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.rows, self.transforms, self.buckets = rows, bucket_transforms(transform, buckets), buckets
-        self.seed, self.tokenizer = seed, tokenizer
+        self.seed, self.tokens = seed, tokenizer and TokenCounts(tokenizer)
         self.skipped, self.lost, self.left_out, self.first_place = Counter(), Counter(), Counter(), {}
         self.sizes, self.samples = Counter(), {one.sample_size: Samples() for one in self.transforms}
-        self.tokens, self.labels, self.empty_captions = Counter(), Counter(), 0
+        self.labels, self.empty_captions = Counter(), 0
         self.duplicates = Duplicates()
         self._captions, self._waiting = set(), []  # hashes of all captions, and those that are not yet counted
 
@@ -155,8 +155,6 @@ class Look:
             self._count_tokens()
 
     def _count_tokens(self):
-        if self._waiting:
-            with TOKENIZING:
-                ids = self.tokenizer(self._waiting, verbose=False)["input_ids"]
-            self.tokens.update(map(len, ids))
-            self._waiting = []
+        if self.tokens is not None:
+            self.tokens.add(self._waiting)
+        self._waiting = []

@@ -32,7 +32,7 @@ def report_lines(look: Look, text: str, max_tokens: int) -> list[str]:
     lines = [look.rows.description, *_row_lines(look)]
     if look.usable:
         lines += [*_size_lines(look.sizes), *_ratio_lines(look.sizes), *_sample_lines(look)]
-        lines += _caption_lines(look, text, max_tokens) if look.tokens else []
+        lines += _caption_lines(look, text, max_tokens) if look.tokens is not None else []
         lines += _class_lines(look.labels, look.rows) if look.labels else []
         lines += _duplicate_lines(look)
     return lines
@@ -103,14 +103,15 @@ def _shares(total: int, *parts: float) -> list[str]:
 
 
 def _caption_lines(look: Look, text: str, max_tokens: int) -> list[str]:
-    lengths = np.array(sorted(look.tokens.elements()))
-    median, most = np.quantile(lengths, [0.5, 0.95], method="nearest")
-    cut = int((lengths > max_tokens).sum())
+    tokens, cut = look.tokens, look.tokens.longer_than(max_tokens)
     return [
         "",
         f"Captions, in tokens of {text}",
-        f"    median {median}, 95% have at most {most}, the longest has {lengths[-1]}",
-        f"    {cut:,} ({cut / len(lengths):.1%}) are longer than `text.max_tokens` {max_tokens} and are cut off",
+        f"    median {tokens.quantile(0.5)}, 95% have at most {tokens.quantile(0.95)}, the longest has "
+        f"{tokens.quantile(1)}",
+        f"    {cut:,} ({cut / tokens.lengths.total():.1%}) are longer than `text.max_tokens` {max_tokens} and are cut "
+        "off",
+        f"    {tokens.spelled_share:.1%} of the tokens only spell words that the tokenizer does not know",
         f"    {look.distinct_captions:,} distinct captions, {look.empty_captions:,} empty",
     ]
 

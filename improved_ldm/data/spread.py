@@ -21,20 +21,20 @@ MAX_PLACES = 32  # of consecutive rows in a sample of parquet files or shards; a
 
 def count_rows(rows: Rows) -> int | None:
     """The number of stored rows of a local set; None if only reading all of it would tell."""
-    kind = kind_of(rows.files[0]) if rows.files else None
-    if kind == "parquet":
-        return sum(_file_lengths(rows.files))
-    return len(rows.table()) if kind == "imagefolder" else None
+    if rows.is_remote or rows.is_webdataset:
+        return None
+    return sum(_file_lengths(rows.files)) if _is_parquet(rows) else len(rows.table())
 
 
-def spread_rows(rows: Rows, count: int) -> Rows:
+def spread_rows(rows: Rows, count: int, max_places: int = MAX_PLACES) -> Rows:
     """Reduce an opened set to a sample from all over it.
 
     Args:
         rows: the opened set.
         count: number of rows to keep. Images of a folder are taken at equal distances. Of parquet files the sample has
-            up to `MAX_PLACES` places at equal distances, with consecutive rows at each. Of webdataset shards and sets
-            on the Hub, whose length is not known, it has the first rows of up to `MAX_PLACES` of their files.
+            up to `max_places` places at equal distances, with consecutive rows at each. Of webdataset shards and sets
+            on the Hub, whose length is not known, it has the first rows of up to `max_places` of their files.
+        max_places: largest number of places or files.
 
     Returns:
         The sample, in the order of the set; its description says how it was taken. A set that is not larger than
@@ -44,11 +44,11 @@ def spread_rows(rows: Rows, count: int) -> Rows:
     """
     total = count_rows(rows)
     if total is None:
-        return _first_rows_of_shards(rows, count)
+        return _first_rows_of_shards(rows, count, max_places)
     if total <= count:
         return rows
-    if kind_of(rows.files[0]) == "parquet":
-        chosen = _places(total, count)
+    if _is_parquet(rows):
+        chosen = _places(total, count, max_places)
         dataset = _parquet_dataset(rows, chosen)
     else:
         chosen = np.linspace(0, total - 1, count).round().astype(int)
@@ -57,9 +57,14 @@ def spread_rows(rows: Rows, count: int) -> Rows:
     return replace(rows, dataset=dataset, description=f"{rows.description}; {len(chosen):,} rows spread over all")
 
 
-def _places(total: int, count: int) -> np.ndarray:
+def _is_parquet(rows: Rows) -> bool:
+    """Whether parquet files hold the rows; a folder of images may have one too, as its table."""
+    return all(kind_of(file) == "parquet" for file in rows.files)
+
+
+def _places(total: int, count: int, max_places: int) -> np.ndarray:
     """The numbers of `count` of `total` rows: consecutive ones at places at equal distances."""
-    places = min(MAX_PLACES, count)
+    places = min(max_places, count)
     lengths = np.full(places, count // places)
     lengths[: count % places] += 1
     gaps = np.diff(np.linspace(0, total - count, places).round().astype(int), prepend=0)
@@ -112,12 +117,17 @@ def _rows_of_file(file: str, columns: tuple[str, ...], chosen: dict[str, np.ndar
             first = after
 
 
-def _first_rows_of_shards(rows: Rows, count: int) -> Rows:
+def _first_rows_of_shards(rows: Rows, count: int, max_places: int) -> Rows:
     shards = rows.dataset.num_shards
-    chosen = np.linspace(0, shards - 1, min(shards, count, MAX_PLACES)).round().astype(int)
+    chosen = np.linspace(0, shards - 1, min(shards, count, max_places)).round().astype(int)
     each = -(-count // len(chosen))
     parts = [rows.dataset.shard(shards, number).take(each) for number in chosen.tolist()]
     note = f"the first {count_of(each, 'row')} of {len(chosen):,} of {count_of(shards, 'file')}"
-    return replace(
-        rows, dataset=datasets.concatenate_datasets(parts), description=f"{rows.description}; sample: {note}"
-    )
+    # `datasets.concatenate_datasets` would give all rows the columns of the first ones
+    dataset = datasets.IterableDataset.from_generator(_in_turn, gen_kwargs={"parts": parts})
+    return replace(rows, dataset=dataset, description=f"{rows.description}; sample: {note}")
+
+
+def _in_turn(parts: list[datasets.IterableDataset]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield from part

@@ -10,6 +10,7 @@ from improved_ldm.data.buckets import Buckets, default_step
 from improved_ldm.data.filters import RowFilter
 from improved_ldm.data.mixture import Mixture, Source
 from improved_ldm.data.sources import Rows, RowStream, open_rows
+from improved_ldm.data.tally import skipped_rows
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import shareable_place
 from improved_ldm.trainer.config import DataConfig
@@ -87,14 +88,16 @@ def survey(mixture: Mixture) -> Survey:
 
 def _survey_of(rows: Rows) -> Survey:
     captions, sides = {}, []
-    for row in RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1)):
+    stream = RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1))
+    for row in stream:
         if row.caption:
             captions[row.caption] = None
         sides.append(min(row.size))
         if len(sides) == SURVEYED_ROWS:
             break
     if not sides:
-        raise ValueError("the set holds no image that can be read and is used.")
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in skipped_rows(stream.state_dict()).items())
+        raise ValueError(f"the set holds no image that can be read and is used{f' ({reasons})' if reasons else ''}.")
     if rows.caption_column is not None and not captions:
         raise ValueError(f"column {rows.caption_column!r} holds no caption in the first {len(sides)} rows.")
     return Survey(list(captions), round(median(sides)))

@@ -21,6 +21,7 @@ from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import SEMANTICS, Semantic, load_encoders, use_encoder
 from improved_ldm.trainer.stages import Stage, check_stages, iterate_stages, list_stages
+from improved_ldm.trainer.suitability import check_networks
 from improved_ldm.trainer.switch import list_switches
 from improved_ldm.trainer.validation import open_validation
 
@@ -49,6 +50,7 @@ def train_stages(config: RunConfig, condition: Condition):
     stages = [replace(stage, conditions=switch) for stage, switch in zip(stages, switches, strict=True)]
     factor = spatial_factor(vae)
     check_stages(stages, denoiser, factor)
+    check_networks(first_run, [stage.config for stage in stages], data, encoders)
 
     # The training: one stage after the other, each in the loop that all scripts share.
     for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config, factor):
@@ -68,7 +70,7 @@ def train_stages(config: RunConfig, condition: Condition):
         push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
         grid_rows = semantic.grid_rows(encoder, look)
         validation = open_validation(run, held_out[stage.number], start, encoder, pipeline)
-        batches = open_batches(run, data[stage.number], encoder, start.denoiser.control_inputs)
+        batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs)
         sample = grid_sampler(run, pipeline, grid_rows)
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
         pipeline.denoiser = train(run, start, batches, hooks, validation)

@@ -15,9 +15,9 @@ from improved_ldm.output import writing
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.provenance import read_json_lines, write_json_lines
 from improved_ldm.trainer.checkpoints import HISTORY, VALIDATION
+from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.held_out import LEVELS, HeldOutImages, level_timesteps
 from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut
-from improved_ldm.trainer.loop import Start
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
 from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
@@ -117,7 +117,7 @@ def _tracked(measured: dict[str, Any]) -> dict[str, float | None]:
 
 
 def open_validation(
-    run: Run, held_out: HeldOut | None, start: Start, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
+    run: Run, held_out: HeldOut | None, start: DenoiserTask, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
 ) -> Validation | None:
     """Encode the held-out images of a run, and say what is measured; None if nothing is.
 
@@ -138,7 +138,7 @@ def open_validation(
         return None
     images = distance = None
     if config.every != 0:
-        images = HeldOutImages(run, held_out.mixture, encoder, start.denoiser)
+        images = HeldOutImages(run, held_out.mixture, encoder, start.model)
         few = f", all that there are of {config.num_images}" if images.count < config.num_images else ""
         run.say(
             f"held-out loss every {steps_between(run)} steps and at the end, on {images.count} images{few}: "

@@ -94,7 +94,7 @@ def test_stages_keep_their_buckets(arguments, sets, tmp_path, capsys):
         ({"transform.bucket_step": 4}, "`transform.bucket_step` is 4; it must be a multiple of 8 pixels"),
         ({"transform.bucket_step": 32}, "leave no other size than the square"),
         ({"transform.resolution": "[32, 48]"}, "must be one number"),
-        ({"data.min_size": 500}, "no image that can be read and is used"),
+        ({"data.min_size": 500}, r"no image that can be read and is used \(\d+: shorter side below 500 pixels\)"),
         ({"data.caption_pattern": "("}, "no regular expression"),
         ({"data.sources": "[{source: missing}]"}, r"`data.sources\[0\].source` is 'missing'"),
     ],

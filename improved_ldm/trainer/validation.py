@@ -34,12 +34,21 @@ class Validation:
     Args:
         run: configuration, folder and processes.
         objective: training objective.
+        held_out: the held-out sets.
         images: held-out images of the loss; None measures none.
         distance: distance of samples; None measures none.
     """
 
-    def __init__(self, run: Run, objective: Objective, images: HeldOutImages | None, distance: SampleDistance | None):
+    def __init__(
+        self,
+        run: Run,
+        objective: Objective,
+        held_out: HeldOut,
+        images: HeldOutImages | None,
+        distance: SampleDistance | None,
+    ):
         self.run, self.objective, self.images, self.distance = run, objective, images, distance
+        self.about = {"source": held_out.places, "split": held_out.config.split}
         self.file, self.records = run.folder / VALIDATION, []
 
     def resume(self, step: int):
@@ -90,7 +99,7 @@ class Validation:
         """Write what was measured to the file and the trackers; nothing is measured except on the main process."""
         if not measured:
             return
-        self.records.append({"step": step, "images": step * self.run.images_per_step, **measured})
+        self.records.append({"step": step, "images": step * self.run.images_per_step, **self.about, **measured})
         with writing(self.file):
             write_json_lines(self.file, self.records)
         if "loss" in measured:
@@ -117,14 +126,14 @@ def _tracked(measured: dict[str, Any]) -> dict[str, float | None]:
 
 
 def open_validation(
-    run: Run, held_out: HeldOut | None, start: DenoiserTask, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
+    run: Run, held_out: HeldOut | None, task: DenoiserTask, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
 ) -> Validation | None:
     """Encode the held-out images of a run, and say what is measured; None if nothing is.
 
     Args:
         run: configuration, folder and processes.
         held_out: the held-out sets, or None.
-        start: what training starts from.
+        task: the denoiser and its objective.
         encoder: encoder of the training images.
         pipeline: pipeline to sample with.
 
@@ -138,7 +147,7 @@ def open_validation(
         return None
     images = distance = None
     if config.every != 0:
-        images = HeldOutImages(run, held_out.mixture, encoder, start.model)
+        images = HeldOutImages(run, held_out.mixture, encoder, task.model)
         few = f", all that there are of {config.num_images}" if images.count < config.num_images else ""
         run.say(
             f"held-out loss every {steps_between(run)} steps and at the end, on {images.count} images{few}: "
@@ -146,7 +155,7 @@ def open_validation(
         )
     if config.samples_every:
         distance = SampleDistance(run, held_out, pipeline)
-    return Validation(run, start.objective, images, distance)
+    return Validation(run, task.objective, held_out, images, distance)
 
 
 def steps_between(run: Run) -> int:

@@ -93,10 +93,11 @@ KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that
 
 def check_trackers(names: Collection[str]):
     """Raise a ValueError for a tracker that accelerate does not know, or that is not installed."""
+    installed = {str(tracker) for tracker in get_available_trackers()}  # not equal to their names
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"`training.trackers` has {name!r}; it may have {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name not in get_available_trackers():
+        if name not in installed:
             raise ValueError(f"`training.trackers` has {name!r}, which is not installed: pip install {name}")
 
 

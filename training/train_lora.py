@@ -75,7 +75,7 @@ def train_adapter(config: AdapterRunConfig):
     start = DenoiserTask(adapted, base_objective(config, pipeline))
     validation = open_validation(run, held_out, start, encoder, pipeline)
     batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)
-    sample = grid_sampler(pipeline, grid_rows, config.seed, run.folder / "samples")
+    sample = grid_sampler(run, pipeline, grid_rows)
     hooks = [Hook(config.sampling.every, sample), Hook(config.hub.push_every, push)]
     set_trained(pipeline, train(run, start, batches, hooks, validation))
     finish(run, pipeline, grid_rows, started)

@@ -73,6 +73,8 @@ def _open_loader(
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes or config.cache.pretrained:
         cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
+        for line in cache.bucket_lines(buckets, config.training.batch_size) if buckets else ():
+            run.say(line)
         place = (accelerator.process_index, accelerator.num_processes)
         return CachedLoader(cache, config.training.batch_size, config.seed, *place, mixture.shares)
     return EncodingLoader(sample_loader(run, mixture, transform), encoder)
@@ -97,9 +99,9 @@ def sample_loader(run: Run, mixture: Mixture, transform: ImageTransform) -> Samp
     """
     config, buckets = run.config, run_buckets(run.config.transform)
     indexed = index_sources(mixture, buckets)
-    for source, found in zip(mixture.sources, indexed or (), strict=False):
-        for line in index_lines(source.name, found, buckets, config.training.batch_size):
-            run.say(line)
+    named = zip((source.name for source in mixture.sources), indexed or (), strict=False)
+    for line in index_lines(named, buckets, config.training.batch_size):
+        run.say(line)
     return make_loader(
         mixture,
         transform,

@@ -19,6 +19,7 @@ from improved_ldm.data.cache import (
     description_differences,
     find_cache_damage,
     publish_cache,
+    read_description,
     write_cache,
     write_description,
     write_skipped_rows,
@@ -53,7 +54,12 @@ def filled_cache(
     config = run.config
     needed = _description(config, encoder, transform, buckets)
     if config.cache.pretrained is not None:
-        return on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
+        folder = on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
+        made_of = ", ".join(read_description(folder).get("data", ["a set that it does not name"]))
+        run.say(
+            f"the samples come from the cache {config.cache.pretrained}, made of {made_of}; `data` is not encoded again"
+        )
+        return folder
     parts = config.model_dump(include={"seed", "data", "transform"}) | needed
     for key in ("accept_changes", "num_workers", "shuffle_window"):
         del parts["data"][key]  # these do not change the content
@@ -66,7 +72,8 @@ def filled_cache(
     folder = parent / cache_name(parts, places)
     if not on_main_process(lambda: _is_usable(folder, run)):
         passes = _passes(run, mixture, transform, buckets, skipped := {})
-        _write_cache(folder, run, passes, skipped, encoder, needed)
+        described = needed | {"data": [shareable_place(place) for place in config.data.places]}
+        _write_cache(folder, run, passes, skipped, encoder, described)
     return folder
 
 

@@ -27,10 +27,10 @@ from improved_ldm.trainer.checkpoints import (
     skipped_rows_of_run,
 )
 from improved_ldm.trainer.grids import sample_control_grid, sample_grid
-from improved_ldm.trainer.loss_plot import plot_loss
+from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
 from improved_ldm.trainer.reports import count_skipped, last_loss, read_history
 from improved_ldm.trainer.run import Run
-from improved_ldm.trainer.validation import last_held_out, read_validation
+from improved_ldm.trainer.validation import held_out_at, read_validation
 
 SAMPLES, CONTROL = "samples.png", "control.png"
 
@@ -51,12 +51,12 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     save_trained(pipeline, folder)
     history, measured = read_history(folder / HISTORY, run.say), read_validation(folder, run.say)
     if history:
-        plot_loss(history, measured, folder / "loss.png")
+        plot_loss(history, measured, folder / PICTURE)
     picture, control, obedience = _look(run, pipeline, grid_rows)
     metrics = {
         "command": launch_command(),
         "loss": last_loss(history),
-        "held_out": last_held_out(measured),
+        "held_out": held_out_at(measured, history[-1]["step"]) if history else None,
         "skipped_steps": count_skipped(history),
         **_images_seen(run),
         "skipped_rows": skipped_rows_of_run(folder),

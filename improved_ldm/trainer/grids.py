@@ -15,6 +15,8 @@ from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import side_of
 from improved_ldm.trainer.adapters import set_trained
+from improved_ldm.trainer.pictures import say_without_pictures, track_picture
+from improved_ldm.trainer.run import Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -92,13 +94,16 @@ def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int
 
 
 def grid_sampler(
-    pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, folder: Path
+    run: Run, pipeline: ImprovedLDMPipeline, rows: list[str] | list[int]
 ) -> Callable[[Denoiser, int], None]:
-    """A function of a denoiser and a step that saves a sample grid of that denoiser in a folder."""
+    """A function of a denoiser and a step that saves a sample grid of that denoiser and shows it in the trackers."""
+    if run.config.sampling.every:
+        say_without_pictures(run)
 
     def sample(denoiser: Denoiser, step: int):
         set_trained(pipeline, denoiser)
-        sample_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
+        file = sample_grid(pipeline, rows, run.config.seed, run.folder / "samples" / f"step-{step:07d}.png")
+        track_picture(run, "samples", file, step)
 
     return sample
 

@@ -9,11 +9,12 @@ from improved_ldm.evaluation.features import open_features
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import is_hub_id, shareable_place
 from improved_ldm.resolution import sides_of
-from improved_ldm.trainer.config import DataConfig, SharedConfig
+from improved_ldm.trainer.config import DataConfig, SharedConfig, ValidationConfig
 from improved_ldm.trainer.data import open_data, survey
 from improved_ldm.trainer.data_sections import SourceConfig
 
 SPLITS = ("validation", "test")  # in the order in which they are looked for
+NO_SPLIT = f"`data` is not a local set with a split {' or '.join(SPLITS)}"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:
         training: its opened training sets.
 
     Raises:
-        FileNotFoundError, ValueError: if the images do not exist, lack captions or have other classes, or the run
-            trains on some of them.
+        FileNotFoundError, ValueError: if the images do not exist, lack captions or have other classes, if the run
+            trains on some of them, or if there are none but `every` or `samples_every` is given.
         MissingWeightsError: if the weights of the feature network of distances are not available.
     """
     validation, takes_text = config.validation, training.caption_column is not None
@@ -51,6 +52,7 @@ def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:
         return None
     data = _held_out_config(config)
     if data is None:
+        _check_not_asked_for(config.validation)
         return None
     if training.class_names is not None:
         data = data.model_copy(update={"num_classes": None})  # the classes of another set may be fewer
@@ -60,7 +62,7 @@ def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:
     mixture = open_data(data, takes_text, keys)
     _check_apart(config.data, training, data, mixture)
     with naming_part("`validation`"):
-        mixture = _with_classes_of(training, mixture)
+        mixture = mixture if takes_text else _with_classes_of(training, mixture)
         survey(mixture)
     if validation.samples_every:
         _check_distance(config, mixture)
@@ -79,6 +81,16 @@ def _held_out_config(config: SharedConfig) -> DataConfig | None:
     split = split or next((split for split in SPLITS if split in local_splits(source)), "train")
     name = data.name if source == data.source else None
     return data.model_copy(update={"source": source, "sources": (), "split": split, "name": name})
+
+
+def _check_not_asked_for(validation: ValidationConfig):
+    """Raise a ValueError if measurements are asked for that need held-out images."""
+    for key in ("every", "samples_every"):
+        if value := getattr(validation, key):
+            raise ValueError(
+                f"`validation.{key}` is {value}, but {NO_SPLIT}; give held-out images as `validation.split` or "
+                "`validation.source`."
+            )
 
 
 def _common_split(sources: Sequence[SourceConfig]) -> str | None:

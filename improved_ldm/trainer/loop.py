@@ -48,6 +48,9 @@ class Measuring(Protocol):
     def after_step(self, step: int, live: nn.Module, averaged: nn.Module):
         """Measure what is due after a step, counted from 1, on all processes together."""
 
+    def draw(self):
+        """Draw what was measured until now."""
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -145,6 +148,8 @@ def train(
             if stopping or done == config.steps or done % config.checkpoint_every == 0:
                 check_weights(model, done)
                 _save(checkpoints, progress)
+                if validation is not None:
+                    validation.draw()
             if stopping:
                 raise SystemExit(f"stopped after {run.named_step(done)}; the same command resumes from there")
     return ema.module

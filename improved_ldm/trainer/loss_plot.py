@@ -5,9 +5,13 @@ from typing import Any
 
 import matplotlib
 
+from improved_ldm.provenance import write_whole
+
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+
+PICTURE = "loss.png"
 
 
 def plot_loss(history: list[dict[str, Any]], held_out: list[dict[str, Any]], file: Path):
@@ -21,7 +25,7 @@ def plot_loss(history: list[dict[str, Any]], held_out: list[dict[str, Any]], fil
     held_out = [record for record in held_out if "loss" in record]
     columns = 2 if held_out else 1
     figure, axes = pyplot.subplots(1, columns, figsize=(6 * columns + 1, 4), squeeze=False, layout="constrained")
-    _draw(axes[0, 0], history, "loss", "training, mean of a log interval", color="silver")
+    _draw(axes[0, 0], history, "loss", "training images, mean of a log interval", color="tab:gray")
     if held_out:
         marker = {"marker": "."}
         _draw(axes[0, 0], held_out, "loss", "held-out images", color="tab:orange", **marker)
@@ -32,7 +36,7 @@ def plot_loss(history: list[dict[str, Any]], held_out: list[dict[str, Any]], fil
         panel.set(xscale="log", yscale="log", xlabel="images seen")
         panel.grid(True, which="both", alpha=0.2)
     axes[0, 0].set(ylabel="loss")
-    figure.savefig(file, dpi=120)
+    write_whole(file, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
     pyplot.close(figure)
 
 

@@ -1,6 +1,7 @@
 """The distance of a few samples to held-out images during training, by the code of `training/evaluate.py`."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class SampleDistance:
             ScoreSettings().check_reference(reference.images)
         semantics = reference.captions or reference.labels
         self.requests = make_requests(semantics, config.num_samples, run.config.seed, control={})
+        defaults = pipeline.config
+        self.settings = SamplingSettings(defaults.default_num_inference_steps, defaults.default_guidance_scale)
         self.evaluation = Evaluation(reference, self.network, None, ScoreSettings(), self.batch_size)
         run.say(
             f"every {config.samples_every} steps {config.num_samples} samples are compared with {reference.images} "
@@ -66,22 +69,24 @@ class SampleDistance:
             step: the step, for messages.
         """
         folder = self.run.folder / SAMPLES
-        on_main_process(lambda: shutil.rmtree(folder, ignore_errors=True))  # left by a run that was killed
+        self._remove(folder)  # left by a run that was killed
         set_trained(self.pipeline, averaged)
-        settings = SamplingSettings(
-            self.pipeline.config.default_num_inference_steps, self.pipeline.config.default_guidance_scale
-        )
-        failed = None
         try:
-            Sampler(self.pipeline, self.requests, self.batch_size).sample(folder, settings)
+            Sampler(self.pipeline, self.requests, self.batch_size).sample(folder, self.settings)
+            failed = ""
         except NonFiniteLatentsError as error:
-            failed = error
-        if self._any_process(failed is not None):
-            self.run.say(f"step {step}: sampling failed, training continues{f': {failed}' if failed else ''}")
-            return {}
-        scores = self.evaluation.scores(open_samples(folder, len(self.requests)))
-        on_main_process(lambda: shutil.rmtree(folder))
+            failed = str(error)
+        if self._any_process(bool(failed)):  # and all of them have sampled
+            self.run.say(f"step {step}: sampling failed, training continues. {failed}")
+            scores = None
+        else:
+            scores = self.evaluation.scores(open_samples(folder, len(self.requests)))
+        self._remove(folder)
         return {} if scores is None else self._record(scores, step)
+
+    @staticmethod
+    def _remove(folder: Path):
+        on_main_process(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def _any_process(self, flag: bool) -> bool:
         value = torch.tensor(float(flag), device=self.run.accelerator.device)

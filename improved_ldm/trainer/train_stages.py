@@ -71,7 +71,7 @@ def train_stages(config: RunConfig, condition: Condition):
         grid_rows = semantic.grid_rows(encoder, look)
         validation = open_validation(run, held_out[stage.number], start, encoder, pipeline)
         batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs)
-        sample = grid_sampler(pipeline, grid_rows, run.config.seed, run.folder / "samples")
+        sample = grid_sampler(run, pipeline, grid_rows)
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
         pipeline.denoiser = train(run, start, batches, hooks, validation)
         finish(run, pipeline, grid_rows, started)

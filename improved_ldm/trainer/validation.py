@@ -14,10 +14,12 @@ from improved_ldm.diffusion.objectives import Objective
 from improved_ldm.output import writing
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.provenance import read_json_lines, write_json_lines
-from improved_ldm.trainer.checkpoints import VALIDATION
+from improved_ldm.trainer.checkpoints import HISTORY, VALIDATION
 from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.held_out import LEVELS, HeldOutImages, level_timesteps
-from improved_ldm.trainer.held_out_data import SPLITS, HeldOut
+from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut
+from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
+from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.sample_distance import DISTANCES, SampleDistance
 
@@ -32,12 +34,21 @@ class Validation:
     Args:
         run: configuration, folder and processes.
         objective: training objective.
+        held_out: the held-out sets.
         images: held-out images of the loss; None measures none.
         distance: distance of samples; None measures none.
     """
 
-    def __init__(self, run: Run, objective: Objective, images: HeldOutImages | None, distance: SampleDistance | None):
+    def __init__(
+        self,
+        run: Run,
+        objective: Objective,
+        held_out: HeldOut,
+        images: HeldOutImages | None,
+        distance: SampleDistance | None,
+    ):
         self.run, self.objective, self.images, self.distance = run, objective, images, distance
+        self.about = {"source": held_out.places, "split": held_out.config.split}
         self.file, self.records = run.folder / VALIDATION, []
 
     def resume(self, step: int):
@@ -88,11 +99,19 @@ class Validation:
         """Write what was measured to the file and the trackers; nothing is measured except on the main process."""
         if not measured:
             return
-        self.records.append({"step": step, "images": step * self.run.images_per_step, **measured})
+        self.records.append({"step": step, "images": step * self.run.images_per_step, **self.about, **measured})
         with writing(self.file):
             write_json_lines(self.file, self.records)
+        if "loss" in measured:
+            live, averaged = (_in_words(measured[name]) for name in ("loss", "averaged_loss"))
+            self.run.say(f"step {step}: held-out loss {live}, of the averaged weights {averaged}")
         tracked = {f"validation/{name}": value for name, value in _tracked(measured).items() if value is not None}
         self.run.accelerator.log(tracked, step=step)
+
+    def draw(self):
+        """Draw the losses until now, on the main process."""
+        if self.run.accelerator.is_main_process:
+            plot_loss(read_history(self.run.folder / HISTORY, self.run.say), self.records, self.run.folder / PICTURE)
 
 
 def _tracked(measured: dict[str, Any]) -> dict[str, float | None]:
@@ -107,14 +126,14 @@ def _tracked(measured: dict[str, Any]) -> dict[str, float | None]:
 
 
 def open_validation(
-    run: Run, held_out: HeldOut | None, start: DenoiserTask, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
+    run: Run, held_out: HeldOut | None, task: DenoiserTask, encoder: SampleEncoder, pipeline: ImprovedLDMPipeline
 ) -> Validation | None:
     """Encode the held-out images of a run, and say what is measured; None if nothing is.
 
     Args:
         run: configuration, folder and processes.
         held_out: the held-out sets, or None.
-        start: what training starts from.
+        task: the denoiser and its objective.
         encoder: encoder of the training images.
         pipeline: pipeline to sample with.
 
@@ -124,14 +143,11 @@ def open_validation(
     config = run.config.validation
     if held_out is None:
         if config.every != 0:
-            run.say(
-                f"no held-out loss: `data` has no split {' or '.join(SPLITS)} to find held-out images in; "
-                "`validation.source` or `validation.split` names them"
-            )
+            run.say(f"no held-out loss: {NO_SPLIT}; `validation.split` or `validation.source` names held-out images")
         return None
     images = distance = None
     if config.every != 0:
-        images = HeldOutImages(run, held_out.mixture, encoder, start.model)
+        images = HeldOutImages(run, held_out.mixture, encoder, task.model)
         few = f", all that there are of {config.num_images}" if images.count < config.num_images else ""
         run.say(
             f"held-out loss every {steps_between(run)} steps and at the end, on {images.count} images{few}: "
@@ -139,7 +155,7 @@ def open_validation(
         )
     if config.samples_every:
         distance = SampleDistance(run, held_out, pipeline)
-    return Validation(run, start.objective, images, distance)
+    return Validation(run, task.objective, held_out, images, distance)
 
 
 def steps_between(run: Run) -> int:
@@ -156,11 +172,15 @@ def read_validation(folder: Path, say: Callable[[str], Any]) -> list[dict[str, A
     return [record for record in read_json_lines(folder / VALIDATION, on_damage=say) if "step" in record]
 
 
-def last_held_out(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last record with a held-out loss; None if there is none."""
-    return next((record for record in reversed(records) if "loss" in record), None)
+def held_out_at(records: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The record with the held-out loss after a step; None if there is none."""
+    return next((record for record in records if "loss" in record and record["step"] == step), None)
 
 
 def _or_none(value: torch.Tensor) -> float | None:
     """A value for JSON, which has no NaN; None if it is not finite."""
     return value.item() if value.isfinite() else None
+
+
+def _in_words(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

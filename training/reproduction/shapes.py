@@ -8,8 +8,6 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm import ImprovedLDMPipeline
-from improved_ldm.conditioning.conditions import Conditioning
-from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.data.loader import SampleLoader, make_pass
@@ -18,17 +16,16 @@ from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.hub.content import run_config
-from improved_ldm.seeds import normal
 from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.components import build_objective
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.data import open_data, run_buckets
 from improved_ldm.trainer.grids import save_grid
+from improved_ldm.trainer.held_out import level_losses
 
 SHAPES = ((64, 32), (32, 64), (96, 32), (32, 96))  # (height, width) that no bucket has: 2:1 and, beyond all, 3:1
 PICTURED = ((64, 32), (48, 48), (32, 64))
 PICTURED_PROMPTS = 8
-NOISE_LEVELS = 8  # timesteps at which an image's loss is averaged
 FINE_BUCKETS = {"step": 8, "max_aspect": 8.0}  # so fine that almost nothing of an image is cut away
 WHITE = 0.75  # from this value on, in [0, 1], a pixel's darkest channel is background: what is decoded is not clean
 LEAST_DRAWN = 0.1  # share of the pixels of a line that are drawn in a line of the drawing
@@ -87,7 +84,6 @@ def batches_of(rows: Rows, side: int, whole: bool) -> SampleLoader:
     return make_pass(rows, ImageTransform(side), 32, buckets=Buckets(side, **FINE_BUCKETS) if whole else None)
 
 
-@torch.no_grad()
 def held_out_loss(pipeline: ImprovedLDMPipeline, config: RunConfig, whole: bool) -> float:
     """Training loss of the test images, mean over images and timesteps, with noise that does not depend on the run.
 
@@ -96,20 +92,10 @@ def held_out_loss(pipeline: ImprovedLDMPipeline, config: RunConfig, whole: bool)
         config: data, resolution, objective and text of its run.
         whole: nearly whole images in fine buckets, or centred square crops.
     """
-    objective, denoiser = build_objective(config), pipeline.denoiser
+    objective, losses = build_objective(config), []
     encoder = SampleEncoder(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, config.text.max_tokens)
-    losses = []
     for batch in batches_of(open_rows(config.data.source, "test"), config.transform.resolution, whole):
-        encoded, seeds = encoder(batch), batch["seed"]
-        noise = normal(seeds, encoded.text.hidden_states.shape[1:], 1 << 36)
-        text, mask = pad_tokens(encoded.text, config.text.padding, config.text.noise_scale, noise=noise)
-        conditions = Conditioning(text, mask, encoded.text.pooled, control=encoded.control).only(denoiser.inputs)
-        for level in range(NOISE_LEVELS):
-            timestep = objective.timestep_quantile(torch.full((len(seeds),), (level + 0.5) / NOISE_LEVELS))
-            noise = normal(seeds, encoded.latents.shape[1:], (level + 2) << 36)
-            noisy = objective.add_noise(encoded.latents, noise, timestep)
-            prediction = denoiser(noisy, timestep, **conditions.kwargs()).sample
-            losses.append(objective.losses(prediction, encoded.latents, noise, timestep)["mse"])
+        losses.append(level_losses(pipeline.denoiser, objective, encoder(batch), batch["seed"], config.text))
     return torch.cat(losses).mean().item()
 
 

@@ -7,17 +7,19 @@ import difflib
 import reprlib
 import sys
 from collections.abc import Collection, Iterator
+from copy import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from improved_ldm.exits import leave, one_line
 from improved_ldm.places import check_path
 from improved_ldm.plain_yaml import MAX_CHARACTERS, PlainYamlError, read_plain
 from improved_ldm.settings_help import help_text, is_section, type_members
 
-ConfigType = TypeVar("ConfigType", bound=BaseModel)
+ConfigType = TypeVar("ConfigType", bound="Section")
+
 
 MAX_KEY = 200  # characters
 MAX_PROBLEMS = 3  # problems of a configuration that are reported at once
@@ -38,6 +40,8 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
 
+    successors: ClassVar[dict[str, str]] = {}  # of earlier keys, if no key has the same name in another section
+
     def check_given(self, typed: Collection[str], filed: Collection[str]):
         """Raise a ValueError for a key that was given and would be ignored.
 
@@ -45,6 +49,16 @@ class Section(BaseModel):
             typed: keys that were given on the command line.
             filed: keys that were given in the file.
         """
+
+
+def with_defaults(section: type[ConfigType], **defaults: Any) -> type[ConfigType]:
+    """A section with the same keys and other defaults."""
+    fields = {}
+    for name, default in defaults.items():
+        field = copy(section.model_fields[name])
+        field.default = default
+        fields[name] = (field.annotation, field)
+    return create_model(section.__name__, __base__=section, __doc__=section.__doc__, **fields)
 
 
 def parse_config(config_class: type[ConfigType], argv: list[str], default_yaml: Path | None = None) -> ConfigType:
@@ -170,7 +184,7 @@ def _names_in(values: Any, prefix: str = "") -> Iterator[str]:
             yield from _names_in(value, f"{prefix}{key}.")
 
 
-def _explain(config_class: type[BaseModel], problem: dict) -> str:
+def _explain(config_class: type[Section], problem: dict) -> str:
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing" and any(isinstance(part, int) for part in problem["loc"]):
         return f"`{key}` is missing."
@@ -185,9 +199,10 @@ def _explain(config_class: type[BaseModel], problem: dict) -> str:
         named = f"`{key}` is {_short(problem['input'])}: " if key else ""
         return f"{named}{reason.removesuffix('.')}."
     known, shown = dict(_key_paths(config_class)), key[:MAX_KEY]
-    nearest = difflib.get_close_matches(shown, known, n=1, cutoff=0.5)
-    if not nearest:  # the right name in the wrong section
-        nearest = [path for path in known if path.rsplit(".", 1)[-1] == problem["loc"][-1]]
+    successor = config_class.successors.get(key)
+    nearest = [successor] if successor else [path for path in known if path.rsplit(".", 1)[-1] == problem["loc"][-1]]
+    if not nearest:  # it is not the right name in the wrong section
+        nearest = difflib.get_close_matches(shown, known, n=1, cutoff=0.5)
     hint = f"; the nearest valid key is `{nearest[0]}`" if nearest else f"; valid keys are {', '.join(known)}"
     return f"`{shown}` is not a key{hint}."
 

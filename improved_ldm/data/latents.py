@@ -1,6 +1,6 @@
 """Samples that a denoiser trains on: latents, text tokens, class and control; encoded on the fly or cached."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class EncodingLoader:
         encoder: encoder of the batches.
     """
 
-    def __init__(self, loader, encoder: SampleEncoder):
+    def __init__(self, loader, encoder: Callable[[dict[str, Any]], Any]):
         self.loader, self.encoder = loader, encoder
 
     def __iter__(self) -> Iterator[EncodedBatch]:

@@ -22,8 +22,9 @@ from improved_ldm.trainer.task_config import TaskConfig
 
 CONFIG, HISTORY, VALIDATION, DATA = "config.yaml", "history.jsonl", "validation.jsonl", "data.json"
 SWITCH = "switch.json"  # what a stage keeps of the stage before, if its conditions are others
+VOCABULARY = "vocabulary.json"  # of a tokenizer that is learned from the captions
 RECORDS = (HISTORY, VALIDATION)  # what a run has measured until a step
-KEPT = (*RECORDS, DATA, SWITCH)  # files of the run's folder of which checkpoints hold a copy
+KEPT = (*RECORDS, DATA, SWITCH, VOCABULARY)  # files of the run's folder of which checkpoints hold a copy
 RECORD = "checkpoint.json"
 NEEDED = ("ema.safetensors", "data-rank0.json")  # files that a checkpoint without a manifest must have
 
@@ -107,8 +108,7 @@ class Checkpoints:
 
     def _finish(self, unfinished: Path, step: int):
         with writing(self._path(step)):
-            tensors = {name: value.contiguous() for name, value in self._trained(self.ema.state_dict()).items()}
-            save_file(tensors, unfinished / "ema.safetensors")
+            save_file(self._trained(self.ema.state_dict()), unfinished / "ema.safetensors")
             for file in (self.folder.parent / name for name in KEPT):
                 if file.exists():
                     shutil.copyfile(file, unfinished / file.name)
@@ -161,8 +161,9 @@ class Checkpoints:
         return step, json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else {}
 
     def _trained(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """A model's tensors without the frozen ones; wrappers put `module.` before their names."""
-        return {name: value for name, value in tensors.items() if name.removeprefix("module.") not in self.frozen}
+        """A model's tensors without the frozen ones, as files hold them; wrappers put `module.` before their names."""
+        named = ((name, value) for name, value in tensors.items() if name.removeprefix("module.") not in self.frozen)
+        return {name: value.contiguous() for name, value in named}
 
     def _leave_out_frozen(self, models: list, weights: list[dict[str, Any]], folder: str):
         """Hook of accelerate, which then writes `weights`."""

@@ -129,6 +129,15 @@ def _survey_of(rows: Rows) -> Survey:
     return Survey(list(captions), round(median(sides)))
 
 
+def count_classes(config: LabelledDataConfig, mixture: Mixture) -> int:
+    """The number of classes of opened sets; a ValueError if it is not known."""
+    count = len(mixture.class_names or ()) or config.num_classes
+    if count is None:
+        column = config.label_column
+        raise ValueError(f"column {column!r} does not name its classes: give `--data.num_classes`.")
+    return count
+
+
 def run_buckets(config: TransformConfig) -> Buckets | None:
     """The buckets of a run; None if all its samples have one size.
 

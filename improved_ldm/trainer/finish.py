@@ -2,34 +2,23 @@
 
 import itertools
 import json
-import resource
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from improved_ldm.evaluation.meaning import judged_notes
 from improved_ldm.evaluation.obedience import evaluate_obedience, open_judged
 from improved_ldm.hub.adapter_card import adapter_usage_lines, write_adapter_card
-from improved_ldm.hub.card import forget_evaluation, skipped_text, usage_lines, write_card
+from improved_ldm.hub.card import forget_evaluation, usage_lines, write_card
 from improved_ldm.hub.export import export_code
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.places import shareable_place
-from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
-from improved_ldm.trainer.checkpoints import (
-    CONFIG,
-    HISTORY,
-    images_by_source,
-    kept_file,
-    newest_whole,
-    read_record,
-    skipped_rows_of_run,
-)
+from improved_ldm.provenance import write_json
+from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.grids import sample_control_grid, sample_grid
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
-from improved_ldm.trainer.reports import count_skipped, last_loss, read_history
+from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.run_record import run_record, say_what_was_skipped, time_and_memory
 from improved_ldm.trainer.validation import held_out_at, read_validation
 
 SAMPLES, CONTROL = "samples.png", "control.png"
@@ -54,33 +43,23 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
         plot_loss(history, measured, folder / PICTURE)
     picture, control, obedience = _look(run, pipeline, grid_rows)
     metrics = {
-        "command": launch_command(),
-        "loss": last_loss(history),
+        **run_record(run, history),
         "held_out": held_out_at(measured, history[-1]["step"]) if history else None,
-        "skipped_steps": count_skipped(history),
-        **_images_seen(run),
-        "skipped_rows": skipped_rows_of_run(folder),
-        **_images_by_source(run),
         "parameters": _trained_parameters(pipeline),
         "guidance_scale": pipeline.config.default_guidance_scale,
         "num_inference_steps": pipeline.config.default_num_inference_steps,
         "scheduler": type(pipeline.scheduler).__name__,
-        "seed": run.config.seed,
         "dtype": str(pipeline.denoiser.dtype).removeprefix("torch."),
-        "device": device_name(run.accelerator.device),
-        "libraries": library_versions(),
         "judge": shareable_place(run.config.evaluation.judge) if obedience else None,
         "obedience": obedience,
         "notes": judged_notes(obedience),
     }
-    metrics["seconds"] = round(run.clock.seconds(started), 1)
-    metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # KiB on Linux
+    metrics |= time_and_memory(run, started)
     adapter = bool(pipeline.get_list_adapters())
     write = write_adapter_card if adapter else partial(write_card, control_picture=control and control.name)
     write(folder, pipeline, config, metrics, grid_rows[0], picture and picture.name)
     write_json(folder / "metrics.json", metrics)  # last, because it marks the run as finished
-    if metrics["skipped_rows"]:
-        run.say(f"rows of the set that were skipped: {skipped_text(metrics['skipped_rows'])}")
+    say_what_was_skipped(run, metrics)
     shown = ("loss", "obedience", "notes", "seconds", "peak_memory_gb")
     run.say(json.dumps({key: metrics[key] for key in shown}, indent=2))
     what = "adapter" if adapter else "pipeline"
@@ -125,54 +104,6 @@ def save_trained(pipeline: ImprovedLDMPipeline, folder: Path):
     else:
         pipeline.save_pretrained(folder)
         export_code(folder)
-
-
-def _images_seen(run: Run) -> dict[str, Any]:
-    """Number of images that the weights have seen, from the record of their checkpoint; over all stages, if any."""
-    checkpoints = run.folder / "checkpoints"
-    step = newest_whole(checkpoints, say=lambda _: None)  # damage was reported on loading
-    images = read_record(checkpoints, step).get("images", step * run.images_per_step)
-    if not run.stage:
-        return {"images_seen": images}
-    stage = {"resolution": run.config.transform.resolution, "steps": step, "images_seen": images}
-    stages = [*_earlier_stages(run.config.model_dump(mode="json").get("after")), stage]
-    return {"images_seen": sum(stage["images_seen"] for stage in stages), "stages": stages}
-
-
-def _images_by_source(run: Run) -> dict[str, list[int]]:
-    """Number of images that the weights have seen from each set, if they are several; printed too."""
-    sources = run.config.data.sources
-    if not sources:
-        return {}
-    seen = images_by_source(run.folder, len(sources))
-    named = zip((shareable_place(source.source) for source in sources), seen, strict=True)
-    run.say("images seen by source: " + ", ".join(f"{name} {count:,}" for name, count in named))
-    return {"images_by_source": seen}
-
-
-def _earlier_stages(after: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The stages before one, from the metrics of the last of them or, if these are missing, from its checkpoints."""
-    if after is None:
-        return []
-    alone = {"resolution": after["resolution"][0], "steps": after["steps"]}
-    try:
-        metrics = json.loads((Path(after["source"]) / "metrics.json").read_text(encoding="utf-8"))
-        return metrics["stages"] if "stages" in metrics else [alone | {"images_seen": metrics["images_seen"]}]
-    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
-        images, before = _seen_by_checkpoints(Path(after["source"]))
-        return [*_earlier_stages(before), alone | {"images_seen": images}]
-
-
-def _seen_by_checkpoints(folder: Path) -> tuple[int, dict[str, Any] | None]:
-    """Number of images that a stage has seen, and what it started from."""
-    checkpoints = folder / "checkpoints"
-    step, config = newest_whole(checkpoints, say=lambda _: None), kept_file(checkpoints, CONFIG)
-    if step is None or config is None:
-        raise ValueError(
-            f"{folder} holds neither metrics.json nor an intact checkpoint; one of them is needed to count the images "
-            "of this stage. Restore one."
-        )
-    return read_record(checkpoints, step)["images"], yaml.safe_load(config.read_bytes()).get("after")
 
 
 def _trained_parameters(pipeline: ImprovedLDMPipeline) -> int:

@@ -1,6 +1,6 @@
 """Which images of a run are held out: another split of its set, or another set; none that it trains on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from improved_ldm.data.files import local_splits
@@ -9,9 +9,10 @@ from improved_ldm.evaluation.features import open_features
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import is_hub_id, shareable_place
 from improved_ldm.resolution import sides_of
-from improved_ldm.trainer.config import DataConfig, SharedConfig, ValidationConfig
+from improved_ldm.trainer.config import SharedConfig, ValidationConfig
 from improved_ldm.trainer.data import open_data, survey
-from improved_ldm.trainer.data_sections import SourceConfig
+from improved_ldm.trainer.data_sections import ImageDataConfig, ImageSourceConfig
+from improved_ldm.trainer.task_config import TaskConfig
 
 SPLITS = ("validation", "test")  # in the order in which they are looked for
 NO_SPLIT = f"`data` is not a local set with a split {' or '.join(SPLITS)}"
@@ -26,7 +27,7 @@ class HeldOut:
         mixture: the opened sets, with the class numbers of the training sets.
     """
 
-    config: DataConfig
+    config: ImageDataConfig
     mixture: Mixture
 
     @property
@@ -50,26 +51,45 @@ def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:
     validation, takes_text = config.validation, training.caption_column is not None
     if validation.every == 0 and not validation.samples_every:
         return None
+    held_out = open_apart(config, training, lambda data, keys: open_data(data, takes_text, keys))
+    if held_out is None:
+        _check_not_asked_for(config.validation)
+    elif validation.samples_every:
+        _check_distance(config, held_out.mixture)
+    return held_out
+
+
+def open_apart(
+    config: TaskConfig, training: Mixture, open_mixture: Callable[[ImageDataConfig, Mapping[str, str]], Mixture]
+) -> HeldOut | None:
+    """Open and check the held-out images that a configuration names; None if its set has no held-out split.
+
+    Args:
+        config: configuration of the run.
+        training: its opened training sets.
+        open_mixture: function that opens sets, with the keys of the configuration by the names of arguments.
+
+    Raises:
+        FileNotFoundError, ValueError: if the images do not exist, lack captions or have other classes, or the run
+            trains on some of them.
+    """
     data = _held_out_config(config)
     if data is None:
-        _check_not_asked_for(config.validation)
         return None
     if training.class_names is not None:
         data = data.model_copy(update={"num_classes": None})  # the classes of another set may be fewer
     keys = DATA_KEYS | {"split": "validation.split"}
-    if validation.source is not None:
+    if config.validation.source is not None:
         keys |= {"source": "validation.source", "name": "validation.source"}
-    mixture = open_data(data, takes_text, keys)
+    mixture = open_mixture(data, keys)
     _check_apart(config.data, training, data, mixture)
     with naming_part("`validation`"):
-        mixture = mixture if takes_text else _with_classes_of(training, mixture)
+        mixture = _with_classes_of(training, mixture) if training.rows[0].label_column else mixture
         survey(mixture)
-    if validation.samples_every:
-        _check_distance(config, mixture)
     return HeldOut(data, mixture)
 
 
-def _held_out_config(config: SharedConfig) -> DataConfig | None:
+def _held_out_config(config: TaskConfig) -> ImageDataConfig | None:
     """The held-out sets as keys of `data`; None if there is no held-out split."""
     data, source, split = config.data, config.validation.source, config.validation.split
     if source is None:
@@ -93,7 +113,7 @@ def _check_not_asked_for(validation: ValidationConfig):
             )
 
 
-def _common_split(sources: Sequence[SourceConfig]) -> str | None:
+def _common_split(sources: Sequence[ImageSourceConfig]) -> str | None:
     """The held-out split that all sets have; None if one of them has none, or is on the Hub."""
     if any(is_hub_id(source.source) for source in sources):
         return None
@@ -101,7 +121,7 @@ def _common_split(sources: Sequence[SourceConfig]) -> str | None:
     return next((split for split in SPLITS if all(split in these for these in splits)), None)
 
 
-def _check_apart(config: DataConfig, training: Mixture, held_out: DataConfig, mixture: Mixture):
+def _check_apart(config: ImageDataConfig, training: Mixture, held_out: ImageDataConfig, mixture: Mixture):
     """Raise a ValueError if a run trains on held-out images."""
     remedy = "held-out images must be others. Give another `validation.split` or `validation.source`."
     shared = sorted({*training.files} & {*mixture.files})

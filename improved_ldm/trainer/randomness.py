@@ -12,7 +12,7 @@ from improved_ldm.seeds import derive_seed, derive_seeds, normal, uniform
 
 # Every purpose reads its own part of an image's sequence of numbers, 2**40 long; a pass of the denoiser its own part
 # of that, 2**36 long.
-TIMESTEP, DROPOUT, NOISE, TEXT_NOISE, MASK = (number << 40 for number in range(5))
+TIMESTEP, DROPOUT, NOISE, TEXT_NOISE, MASK, MIRROR = (number << 40 for number in range(6))
 PASS = 1 << 36
 
 
@@ -50,6 +50,10 @@ class ImageRandomness:
     def mask_uniform(self, count: int) -> torch.Tensor:
         """(batch, count) uniform in (0, 1), for the mask of a denoiser."""
         return uniform(self.seeds, (count,), MASK)
+
+    def mirrored(self, probability: float) -> torch.Tensor:
+        """Which latents are mirrored before they are decoded, (batch,) bool."""
+        return uniform(self.seeds, (1,), MIRROR)[:, 0] < probability
 
 
 class StepRandomness:

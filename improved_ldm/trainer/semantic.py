@@ -11,7 +11,7 @@ from improved_ldm.data.mixture import Mixture
 from improved_ldm.places import shareable_place
 from improved_ldm.trainer.components import load_text_encoder, text_dims
 from improved_ldm.trainer.config import Condition, RunConfig
-from improved_ldm.trainer.data import Survey
+from improved_ldm.trainer.data import Survey, count_classes
 from improved_ldm.trainer.grids import diverse_prompts
 
 PROMPT_ROWS, CLASS_ROWS = 8, 10  # rows of a grid of samples
@@ -32,10 +32,7 @@ class ClassSemantic:
 
     def __init__(self, config: RunConfig, mixture: Mixture):
         self.config, self.class_names = config, mixture.class_names
-        self.num_classes = len(mixture.class_names or ()) or config.data.num_classes
-        if self.num_classes is None:
-            column = config.data.label_column
-            raise ValueError(f"column {column!r} does not name its classes: give `--data.num_classes`.")
+        self.num_classes = count_classes(config.data, mixture)
 
     @property
     def described(self) -> str:

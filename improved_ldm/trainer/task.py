@@ -1,6 +1,7 @@
 """What a run trains: a model, and the loss of a batch. The training loop is the same for all tasks."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -21,6 +22,36 @@ class Batch(Protocol):
 
     @classmethod
     def from_tensors(cls, named: dict[str, torch.Tensor]) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch that is what its tensors are: pixels and what belongs to them.
+
+    Args:
+        named: the tensors by name, one row per image.
+    """
+
+    named: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.named.values())))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.named[name]
+
+    def to(self, device: torch.device | str) -> "Samples":
+        """The batch on a device."""
+        return Samples({name: value.to(device, non_blocking=True) for name, value in self.named.items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The batch as named tensors."""
+        return self.named
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, torch.Tensor]) -> "Samples":
+        """The inverse of `tensors`."""
+        return cls(named)
 
 
 class Task(ABC):

@@ -56,9 +56,8 @@ def filled_cache(
     if config.cache.pretrained is not None:
         folder = on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
         made_of = ", ".join(read_description(folder).get("data", ["a set that it does not name"]))
-        run.say(
-            f"the samples come from the cache {config.cache.pretrained}, made of {made_of}; `data` is not encoded again"
-        )
+        place = config.cache.pretrained
+        run.say(f"the samples come from the cache {place}, made of {made_of}; `data` is not encoded again")
         return folder
     parts = config.model_dump(include={"seed", "data", "transform"}) | needed
     for key in ("accept_changes", "num_workers", "shuffle_window"):

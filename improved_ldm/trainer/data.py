@@ -43,7 +43,7 @@ def open_data(config: DataConfig, takes_text: bool, keys: Mapping[str, str] = DA
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
     """
-    sources = []
+    sources, names = [], _distinct_names([shareable_place(place) for place in config.places])
     for number, source in enumerate(config.each_source()):
         columns = (
             _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
@@ -54,9 +54,14 @@ def open_data(config: DataConfig, takes_text: bool, keys: Mapping[str, str] = DA
             rows = replace(rows, label_column=None) if takes_text else rows
         used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)
         rows = replace(rows, row_filter=used, caption_prefix=source.caption_prefix or "")
-        sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
+        sources.append(Source(rows, names[number] if config.sources else "", source.weight))
     with naming_keys(num_classes="data.num_classes"):
         return Mixture.join(tuple(sources), None if takes_text else config.num_classes)
+
+
+def _distinct_names(names: list[str]) -> list[str]:
+    """The names of sets, with the number of the set where several have the same."""
+    return [f"{name} (number {number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
 
 def _text_columns(source: SourceConfig) -> dict[str, Any]:
@@ -126,6 +131,6 @@ def check_buckets(config: TransformConfig, multiple: int):
     """Raise a ValueError if the sides of buckets do not divide into latent patches of `multiple` pixels."""
     buckets = run_buckets(config)
     if buckets is not None and buckets.step % multiple:
-        raise ValueError(
-            f"`transform.bucket_step` is {buckets.step}; it must be a multiple of {multiple} pixels, a latent patch."
-        )
+        step = f"{buckets.step} by default" if config.bucket_step is None else buckets.step
+        needed = f"a multiple of {multiple} pixels, a latent patch"
+        raise ValueError(f"`transform.bucket_step` is {step}; it must be {needed}.")

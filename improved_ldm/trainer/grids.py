@@ -8,7 +8,7 @@ import matplotlib
 import torch
 from PIL import Image
 
-from improved_ldm.conditioning.control import variables_read
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.models.denoiser import Denoiser
@@ -60,10 +60,14 @@ def control_views(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
 
 
 def _shown(pipeline: ImprovedLDMPipeline) -> dict[Variable, dict[str, dict]]:
-    """The values that grids show of each control input that the denoiser reads, switches first."""
-    rows = sorted(variables_read(pipeline.denoiser.control_inputs), key=lambda row: not row.is_switch)
-    views = {row: row.views(pipeline.default_image_size) for row in rows}
-    return {row: shown for row, shown in views.items() if shown}
+    """The values that grids show of each control input that varied in training, switches first."""
+    shown = {}
+    for row in sorted(pipeline.varied_control(), key=lambda row: not row.is_switch):
+        views = row.views(pipeline.default_image_size).items()
+        seen = {label: arguments for label, arguments in views if pipeline.saw_control(**arguments)}
+        if len(seen) > 1 or (seen and row.is_switch):  # one alone could be the default
+            shown[row] = seen
+    return shown
 
 
 def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int, file: Path) -> Path | None:
@@ -92,12 +96,19 @@ def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int
 
 
 def grid_sampler(
-    pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, folder: Path
+    pipeline: ImprovedLDMPipeline,
+    rows: list[str] | list[int],
+    seed: int,
+    folder: Path,
+    control_seen: ControlRanges | None = None,
 ) -> Callable[[Denoiser, int], None]:
-    """A function of a denoiser and a step that saves a sample grid of that denoiser in a folder."""
+    """A function of a denoiser and a step that saves a sample grid of that denoiser in a folder.
+
+    The arguments are those of `sample_grid`, the folder, and that of `set_trained`.
+    """
 
     def sample(denoiser: Denoiser, step: int):
-        set_trained(pipeline, denoiser)
+        set_trained(pipeline, denoiser, control_seen)
         sample_grid(pipeline, rows, seed, folder / f"step-{step:07d}.png")
 
     return sample

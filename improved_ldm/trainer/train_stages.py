@@ -4,10 +4,12 @@ import time
 from dataclasses import replace
 
 from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.naming import naming_part
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import default_size_of
+from improved_ldm.trainer.adapters import set_trained
 from improved_ldm.trainer.batches import open_batches
 from improved_ldm.trainer.checks import check_models
 from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
@@ -65,12 +67,13 @@ def train_stages(config: RunConfig, condition: Condition):
             guidance_options=config.sampling.guidance_options or None,
             lineage=list(stage.lineage) or None,
         )
-        push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
+        seen = ControlRanges(stage.control_seen())
+        push = pipeline_pusher(run, pipeline, seen)  # before the data is encoded, which can take hours
         grid_rows = semantic.grid_rows(encoder, look)
-        batches = open_batches(run, data[stage.number], encoder, start.denoiser.control_inputs)
-        sample = grid_sampler(pipeline, grid_rows, run.config.seed, run.folder / "samples")
+        batches = open_batches(run, data[stage.number], encoder, start.denoiser.control_inputs, seen)
+        sample = grid_sampler(pipeline, grid_rows, run.config.seed, run.folder / "samples", seen)
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
-        pipeline.denoiser = train(run, start, batches, hooks)
+        set_trained(pipeline, train(run, start, batches, hooks), seen)
         finish(run, pipeline, grid_rows, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()

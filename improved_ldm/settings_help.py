@@ -74,7 +74,7 @@ def _key_help(field: FieldInfo) -> str:
 
 def _as_typed(value: Any) -> str:
     """A value as it is typed on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, ensure_ascii=False)
 
 
 def _type_name(kind: Any) -> str:

@@ -22,7 +22,7 @@ from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.provenance import launch_command
 from improved_ldm.trainer.train_stages import train_stages
 from reproduction.curves import images_after_the_switch
-from reproduction.measures import Scorer
+from reproduction.measures import SHAPE_MEASURES, Scorer
 from reproduction.report import build_record, write_report
 from reproduction.runs import measure_if_missing, train_if_missing
 from reproduction.shapes import draw_shapes
@@ -69,12 +69,12 @@ def reproduce_table(name: str, table: Table, options: argparse.Namespace, furthe
         "parameters": parameters,
         "seconds_a_run": statistics.median(run["seconds"] for run in runs),
         "sampler": runs[0]["scheduler"],
-        "measured_with": scorer.settings,
+        "measured_with": scorer.settings(set(table.measures)),
         "calls": calls,
         **({"images": images_after_the_switch(folder)} if "curve" in table.measures else {}),
     }
     results = options.results / name
-    if "touches_border" in table.measures:
+    if SHAPE_MEASURES & set(table.measures):
         about["picture"] = f"{options.scale}_shapes.png"
         draw_shapes(folders, scorer.config, options.seeds[0], results / about["picture"], **scorer.sampling)
     write_report(build_record(table, values, about), results, options.scale)

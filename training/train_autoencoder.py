@@ -1,16 +1,16 @@
-"""Train a small convolutional autoencoder (diffusers' `AutoencoderKL`) whose latents suit a diffusion model.
+"""Train a small convolutional autoencoder of diffusers, whose latents suit a diffusion model.
 
 Usage: accelerate launch training/train_autoencoder.py --output_dir runs/autoencoder
 """
 
 import itertools
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from pydantic import Field
 from torch import nn
@@ -45,6 +45,8 @@ from improved_ldm.trainer.nonfinite import check_weights
 from improved_ldm.trainer.optimizer import WeightAverage
 
 ARCHITECTURE = {"block_out_channels", "layers_per_block", "norm_num_groups", "latent_channels"}
+Autoencoder = AutoencoderKL | AutoencoderDC
+STATISTICS_WEIGHT = 1e-3
 
 
 class Config(Section):
@@ -58,16 +60,20 @@ class Config(Section):
     """Split of the set for the final measurements."""
     resolution: Pixels = 32
     """Side length of images, in pixels."""
-    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=10)] = (16, 32, 32)
-    """Channels per block; every block except the last halves the resolution."""
+    type: Literal["kl", "dc"] = "kl"
+    """`kl` is `AutoencoderKL`, `dc` `AutoencoderDC`, which does not compute at full resolution and trains faster."""
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=2, max_length=10)] = (16, 32, 32)
+    """Channels per block; every block except the last halves the resolution. `dc` does not use the first."""
     layers_per_block: Depth = 1
     """Residual layers per block."""
     norm_num_groups: Width = 8
-    """Groups per normalization."""
+    """Groups per normalization; `kl` only."""
     latent_channels: Width = 4
     """Channels of the latents."""
     kl_weight: NotNegative = 3e-4
-    """Weight of the KL divergence, which is a mean over latent values, in nats."""
+    """`kl` only: weight of the KL divergence, which is a mean over latent values, in nats."""
+    latent_noise: NotNegative = 0.05
+    """`dc` only: standard deviation of the noise in the latents that are decoded; the latents have about 1."""
     latent_flip_probability: Probability = 0.5
     """Probability of decoding a mirrored latent to the mirrored image."""
     min_crop: Share = 0.6
@@ -90,8 +96,10 @@ class Config(Section):
     """Seed of weights, data order and noise."""
 
 
-def build_autoencoder(config: Config) -> AutoencoderKL:
+def build_autoencoder(config: Config) -> Autoencoder:
     """An autoencoder of the configured size with new weights."""
+    if config.type == "dc":
+        return _build_dc(config)
     blocks = len(config.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -104,26 +112,52 @@ def build_autoencoder(config: Config) -> AutoencoderKL:
     )
 
 
-class AutoencoderLoss(nn.Module):
-    """Reconstruction error and KL divergence of a batch.
+def _build_dc(config: Config) -> AutoencoderDC:
+    """Convolutions only, and none at full resolution, where most of the time of an `AutoencoderKL` goes."""
+    channels = config.block_out_channels
+    layers = (0, *(config.layers_per_block,) * (len(channels) - 1))
+    both = {"block_types": "ResBlock", "block_out_channels": channels, "layers_per_block": layers}
+    return AutoencoderDC(
+        latent_channels=config.latent_channels,
+        **{f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in both.items()},
+        **{f"{half}_qkv_multiscales": ((),) * len(channels) for half in ("encoder", "decoder")},
+        encoder_out_shortcut=False,  # so that the last convolution can scale the latents
+        decoder_in_shortcut=False,
+    )
 
-    Some latents are mirrored together with their targets, so that mirrored images get mirrored latents.
-    Source: Rombach et al. 2022 without the adversarial part; mirroring after Kouzelis et al. 2025 (EQ-VAE).
+
+class AutoencoderLoss(nn.Module):
+    """Reconstruction error of a batch, and what keeps its latents near mean 0 and variance 1.
+
+    For an `AutoencoderKL` that is the KL divergence; for an `AutoencoderDC` the distance of the mean and the variance
+    of each channel from 0 and 1, with a little noise in what is decoded. Some latents are mirrored together with their
+    targets, so that mirrored images get mirrored latents.
+    Source: Rombach et al. 2022 without the adversarial part; mirroring after Kouzelis et al. 2025 (EQ-VAE); the
+    statistics of `AutoencoderDC` are our choice.
     """
 
-    def __init__(self, vae: AutoencoderKL, kl_weight: float, latent_flip_probability: float):
+    def __init__(self, vae: Autoencoder, config: Config):
         super().__init__()
-        self.vae, self.kl_weight, self.latent_flip_probability = vae, kl_weight, latent_flip_probability
+        self.vae, self.config = vae, config
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         # (batch, 3, height, width) in [-1, 1] → scalar
-        posterior = self.vae.encode(pixels).latent_dist
-        mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < self.latent_flip_probability
-        latents = posterior.sample()
+        mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < self.config.latent_flip_probability
+        latents, regularisation = self._kl(pixels) if self.config.type == "kl" else self._statistics(pixels)
         decoded = self.vae.decode(torch.where(mirrored, latents.flip(-1), latents)).sample
         target = torch.where(mirrored, pixels.flip(-1), pixels)
-        reconstruction = F.l1_loss(decoded, target) + 2 * F.mse_loss(decoded, target)
-        return reconstruction + self.kl_weight * posterior.kl().mean() / latents[0].numel()
+        return F.l1_loss(decoded, target) + 2 * F.mse_loss(decoded, target) + regularisation
+
+    def _kl(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.sample()
+        return latents, self.config.kl_weight * posterior.kl().mean() / latents[0].numel()
+
+    def _statistics(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.vae.encode(pixels).latent
+        variance, mean = torch.var_mean(latents, (0, 2, 3))
+        distance = (mean.square() + (variance - 1).square()).mean()
+        return latents + self.config.latent_noise * torch.randn_like(latents), STATISTICS_WEIGHT * distance
 
 
 def load_pixels(config: Config, split: str, transform: ImageTransform) -> torch.Tensor:
@@ -158,7 +192,17 @@ def whiten_latents(vae: AutoencoderKL, pixels: torch.Tensor):
 
 
 @torch.no_grad()
-def evaluate(vae: AutoencoderKL, pixels: torch.Tensor) -> dict[str, float]:
+def scale_latents(vae: AutoencoderDC, pixels: torch.Tensor):
+    """Give each channel of the latents of `pixels` variance 1, in the convolutions around the latents."""
+    deviation = vae.encode(pixels).latent.std((0, 2, 3))
+    after, before = vae.encoder.conv_out, vae.decoder.conv_in
+    after.weight.div_(deviation[:, None, None, None])
+    after.bias.div_(deviation)
+    before.weight.mul_(deviation[:, None, None])
+
+
+@torch.no_grad()
+def evaluate(vae: Autoencoder, pixels: torch.Tensor) -> dict[str, float]:
     """PSNR (dB, mean over images), L1 (pixels in [-1, 1]), spread of the latents, and error of mirrored latents."""
     latents, of_mirrored = (encode_images(vae, view, torch.Generator()) for view in (pixels, pixels.flip(-1)))
     error = decode_latents(vae, latents).clamp(-1, 1) - pixels
@@ -176,7 +220,7 @@ def main(config: Config):
     accelerator = open_accelerator()
     set_seed(config.seed)  # equal weights on all ranks
     vae = build_autoencoder(config).to(memory_format=torch.channels_last)
-    objective = AutoencoderLoss(vae, config.kl_weight, config.latent_flip_probability)
+    objective = AutoencoderLoss(vae, config)
     optimizer = torch.optim.AdamW(objective.parameters(), config.learning_rate, (0.9, 0.99), weight_decay=0)
     steps = config.steps * accelerator.num_processes  # the scheduler steps once per process
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -212,7 +256,8 @@ def main(config: Config):
         vae.load_state_dict(ema.module.state_dict())
         vae = vae.to("cpu", memory_format=torch.contiguous_format).eval()
         whole = ImageTransform(config.resolution)
-        whiten_latents(vae, load_pixels(config, "train", whole))
+        scale = whiten_latents if config.type == "kl" else scale_latents
+        scale(vae, load_pixels(config, "train", whole))
         vae.save_pretrained(config.output_dir)
         test = load_pixels(config, config.test_split, whole)
         changed = load_pixels(config, config.test_split, transform)

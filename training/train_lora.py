@@ -24,14 +24,17 @@ from improved_ldm.trainer.adapters import (
 from improved_ldm.trainer.batches import image_transform, open_batches
 from improved_ldm.trainer.config import AdapterRunConfig
 from improved_ldm.trainer.data import check_buckets, open_data, survey
+from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
+from improved_ldm.trainer.held_out_data import open_held_out
 from improved_ldm.trainer.hub_push import pipeline_pusher
 from improved_ldm.trainer.lock import released_locks
-from improved_ldm.trainer.loop import Hook, Start, train
+from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import class_rows, prompt_rows
-from improved_ldm.trainer.suitability import check_networks
+from improved_ldm.trainer.suitability import check_networks, show_reconstructions
+from improved_ldm.trainer.validation import open_validation
 
 DEFAULT = Path(__file__).parent / "configs" / "lora_fashion.yaml"
 
@@ -54,6 +57,8 @@ def train_adapter(config: AdapterRunConfig):
             f"the set's classes are {rows.class_names}, the base's {class_names}; a label must mean the same in both."
         )
 
+    held_out = open_held_out(config, rows)
+
     # The adapter: all other weights of the base stay frozen.
     run = start_run(config)
     push = pipeline_pusher(run, pipeline)
@@ -64,13 +69,15 @@ def train_adapter(config: AdapterRunConfig):
         grid_rows = prompt_rows(config.sampling.prompts, encoder, look)
     else:
         grid_rows = class_rows(pipeline.denoiser.config.num_classes)
-    check_networks(run, [config], [rows], [encoder])
+    show_reconstructions(run, *check_networks(run, [config], [rows], [encoder]))
 
     # The training, in the loop that all scripts share.
+    start = DenoiserTask(adapted, base_objective(config, pipeline))
+    validation = open_validation(run, held_out, start, encoder, pipeline)
     batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)
-    sample = grid_sampler(pipeline, grid_rows, config.seed, run.folder / "samples")
+    sample = grid_sampler(run, pipeline, grid_rows)
     hooks = [Hook(config.sampling.every, sample), Hook(config.hub.push_every, push)]
-    set_trained(pipeline, train(run, Start(adapted, base_objective(config, pipeline)), batches, hooks))
+    set_trained(pipeline, train(run, start, batches, hooks, validation))
     finish(run, pipeline, grid_rows, started)
     run.accelerator.end_training()
 

@@ -1,12 +1,13 @@
 """Aspect-ratio buckets: sizes of samples with about the same area, from which each image gets the nearest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from improved_ldm.conditioning.values import MAX_SIDE, read_integer, read_number
+from improved_ldm.data.files import count_of
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,19 @@ class Buckets:
 def default_step(resolution: int) -> int:
     """The step of the buckets at a resolution: the largest divisor of it that is at most a sixteenth, pixels."""
     return next(step for step in range(max(1, resolution // 16), 0, -1) if resolution % step == 0)
+
+
+def fill_lines(counts: Mapping[tuple[int, int], int], cropped: int, buckets: Buckets) -> Iterator[str]:
+    """How many images each bucket has, and how many are beyond the largest aspect ratio, one line each."""
+    fill = ", ".join(f"{height}x{width}: {counts.get((height, width), 0):,}" for height, width in buckets.sizes)
+    yield f"images per bucket (height x width): {fill}"
+    if cropped:
+        limit = f"`transform.max_aspect` {buckets.max_aspect:g}"
+        yield f"{count_of(cropped, 'image')} beyond {limit}, cropped to the nearest bucket"
+
+
+def rare_lines(counts: Mapping[tuple[int, int], int], batch_size: int) -> Iterator[str]:
+    """How many buckets have fewer images, over all sets, than a batch; no line if there are none."""
+    if rare := sum(0 < count < batch_size for count in counts.values()):
+        few = f"fewer images than a batch of {batch_size}"
+        yield f"{count_of(rare, 'bucket')} with {few}; batches of these are smaller"

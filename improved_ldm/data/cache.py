@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from improved_ldm.conditioning.control import control_columns
 from improved_ldm.conditioning.text import own_positions, unique_prompts
+from improved_ldm.data.buckets import Buckets, fill_lines, rare_lines
 from improved_ldm.data.columns import Column, TextColumn
 from improved_ldm.data.fingerprint import file_stamp, place_files
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
@@ -151,7 +153,7 @@ class LatentCache:
         if not shards:
             raise ValueError(f"the cache {folder} holds no shards.")
         sizes = [len(shard["latents"]) for shard in shards]
-        order = torch.cat([shard["seed"] for shard in shards]).argsort(stable=True)
+        order = torch.cat([shard["seed"] for shard in shards]).argsort(stable=True).numpy()
         self.shard_of = np.repeat(np.arange(len(shards)), sizes)[order]
         self.row_of = np.concatenate([np.arange(size) for size in sizes])[order]
         self.shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})
@@ -172,6 +174,15 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def bucket_lines(self, buckets: Buckets, batch_size: int) -> Iterator[str]:
+        """What the cache holds of the buckets, one line each; an image counts as often as the cache holds it."""
+        control = control_columns(self.small["control"])
+        sizes = torch.stack([control.target_height, control.target_width], 1).int().tolist()
+        originals = torch.stack([control.original_height, control.original_width], 1)
+        counts = Counter(map(tuple, sizes))
+        yield from fill_lines(counts, buckets.beyond(originals.numpy()), buckets)
+        yield from rare_lines(counts, batch_size)
 
     def rows(self, indices: torch.Tensor) -> EncodedBatch:
         """The rows at the given indices, (batch,) int, in the same order; all of one group."""
@@ -274,16 +285,25 @@ def write_description(folder: Path, description: dict[str, Any]):
     write_json(folder / DESCRIPTION, description)
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a cache was made from.
+
+    Raises:
+        ValueError: if the cache does not say it.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise ValueError(f"it has no {DESCRIPTION}, which says what it was made from")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def description_differences(folder: Path, needed: dict[str, Any]) -> list[str]:
     """What a cache was made from that differs from what a run needs, as one phrase per key.
 
     Raises:
         ValueError: if the cache does not say what it was made from.
     """
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise ValueError(f"it has no {DESCRIPTION}, which says what it was made from")
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_description(folder)
     needed = json.loads(json.dumps(needed))  # tuples become lists
     return [
         f"`{key}` is {found.get(key)!r}; the run needs {value!r}"

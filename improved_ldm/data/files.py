@@ -175,6 +175,17 @@ def _folder_files(folder: Path, split: str) -> LocalFiles:
     return LocalFiles(kind, tuple(chosen), tuple(files), tuple(near), tuple(beside), left_out, notes)
 
 
+def local_splits(source: str | Path) -> tuple[str, ...]:
+    """The splits of a folder or of an embedded set; none of a file, a glob or a folder without splits."""
+    folder = Path(os.path.abspath(resolve(str(source))))
+    if not folder.is_dir():
+        return ()
+    kinds = {file: kind_of(file) for file in sorted(walk(folder, Counter()))}
+    kind = _kind_of_folder(kinds)
+    files = [file for file in kinds if kind is not None and kinds[file] == kind]
+    return tuple(find_splits(str(folder), files, kind) or ()) if files else ()
+
+
 def _kind_of_folder(kinds: dict[str, str | None]) -> str | None:
     """The kind of the files that are read from a folder; parquet files without images describe images next to them."""
     present = set(kinds.values())

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,8 +12,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from improved_ldm.data.buckets import Buckets
-from improved_ldm.data.files import count_of
+from improved_ldm.data.buckets import Buckets, fill_lines, rare_lines
 from improved_ldm.data.order import BatchPlan, PlannedBatch
 from improved_ldm.data.rows import BadRowError, Row, Rows
 from improved_ldm.data.stream import MAX_STAND_INS, reader_among
@@ -116,23 +115,21 @@ def _filtered(rows: Rows, table: Table, sizes: np.ndarray | None) -> tuple[np.nd
     return np.array(numbers, dtype=np.int64), left_out
 
 
-def index_lines(name: str, source: IndexedSource, buckets: Buckets | None, batch_size: int) -> Iterator[str]:
-    """What was found out about the rows of a set, one line each."""
-    about = f"{name}: " if name else ""
-    if source.left_out:
-        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in source.left_out.items())
-        yield f"{about}{len(source.numbers):,} of {len(source.table):,} rows are used; left out: {reasons}"
-    if buckets is None:
-        return
-    counts = Counter(source.groups.tolist())
-    fill = ", ".join(f"{height}x{width}: {counts[number]:,}" for number, (height, width) in enumerate(buckets.sizes))
-    yield f"{about}images per bucket (height x width): {fill}"
-    if rare := sum(count < batch_size for count in counts.values()):
-        few = f"fewer images than a batch of {batch_size}"
-        yield f"{about}{count_of(rare, 'bucket')} with {few}; batches of these are smaller"
-    if source.cropped:
-        limit = f"`transform.max_aspect` {buckets.max_aspect:g}"
-        yield f"{about}{count_of(source.cropped, 'image')} beyond {limit}, cropped to the nearest bucket"
+def index_lines(
+    sources: Iterable[tuple[str, IndexedSource]], buckets: Buckets | None, batch_size: int
+) -> Iterator[str]:
+    """What was found out about the rows of sets with these names, one line each."""
+    counts = Counter()
+    for name, source in sources:
+        about = f"{name}: " if name else ""
+        if source.left_out:
+            reasons = ", ".join(f"{count:,} with {reason}" for reason, count in source.left_out.items())
+            yield f"{about}{len(source.numbers):,} of {len(source.table):,} rows are used; left out: {reasons}"
+        if buckets is not None:
+            of_source = Counter(buckets.sizes[group] for group in source.groups.tolist())
+            yield from (f"{about}{line}" for line in fill_lines(of_source, source.cropped, buckets))
+            counts += of_source
+    yield from rare_lines(counts, batch_size)
 
 
 class IndexedStream:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any, Protocol
 
@@ -176,6 +177,23 @@ def make_pass(
         batch_size=batch_size,
     )
     return SampleLoader(SampleStream(BatchedRows(stream, batch_size, buckets), transforms), num_workers, seed)
+
+
+def first_batches(
+    rows: Rows, transform: ImageTransform, count: int, batch_size: int, buckets: Buckets | None = None
+) -> Iterator[dict[str, Any]]:
+    """The batches of `collate` of the first rows of a set that are used, read once from its beginning.
+
+    Args:
+        rows: the opened set.
+        transform: transform from image to sample.
+        count: largest number of rows.
+        batch_size: samples per batch; the last batch of each bucket may have fewer.
+        buckets: see `make_loader`.
+    """
+    min_size = transform.decode_size if buckets is None else None
+    first = islice(RowStream(rows, shuffle_window=1, repeat=False, min_size=min_size), count)
+    yield from SampleStream(BatchedRows(first, batch_size, buckets), bucket_transforms(transform, buckets))
 
 
 def bucket_transforms(transform: ImageTransform, buckets: Buckets | None) -> list[ImageTransform]:

@@ -33,15 +33,16 @@ def check_columns(rows: Rows, names: list[str], nothing: str, layouts: str = "")
     """
     probe = _Probe(rows)
     windows = stored_windows(rows.dataset, 1, rows.is_remote)
-    lost = {}
+    has_rows, lost = False, {}
     for stored, place, _ in islice(chain.from_iterable(windows), PROBED_ROWS):
         if LOST in stored:
             lost[place] = stored[LOST]
             continue
+        has_rows = True
         probe.look_at(stored)
         if not probe.missing:
             return probe.label
-    if not probe.columns:
+    if not has_rows:
         raise ValueError(" ".join([nothing, *(f"{place}: {reason}." for place, reason in lost.items())]))
     probe.check(names, layouts)
     return probe.label

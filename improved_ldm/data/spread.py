@@ -21,10 +21,9 @@ MAX_PLACES = 32  # of consecutive rows in a sample of parquet files or shards; a
 
 def count_rows(rows: Rows) -> int | None:
     """The number of stored rows of a local set; None if only reading all of it would tell."""
-    kind = kind_of(rows.files[0]) if rows.files else None
-    if kind == "parquet":
-        return sum(_file_lengths(rows.files))
-    return len(rows.table()) if kind == "imagefolder" else None
+    if rows.is_remote or rows.is_webdataset:
+        return None
+    return sum(_file_lengths(rows.files)) if _is_parquet(rows) else len(rows.table())
 
 
 def spread_rows(rows: Rows, count: int, max_places: int = MAX_PLACES) -> Rows:
@@ -48,7 +47,7 @@ def spread_rows(rows: Rows, count: int, max_places: int = MAX_PLACES) -> Rows:
         return _first_rows_of_shards(rows, count, max_places)
     if total <= count:
         return rows
-    if kind_of(rows.files[0]) == "parquet":
+    if _is_parquet(rows):
         chosen = _places(total, count, max_places)
         dataset = _parquet_dataset(rows, chosen)
     else:
@@ -56,6 +55,11 @@ def spread_rows(rows: Rows, count: int, max_places: int = MAX_PLACES) -> Rows:
         wanted = set(chosen.tolist())
         dataset = rows.dataset.filter(lambda _, number: number in wanted, with_indices=True)
     return replace(rows, dataset=dataset, description=f"{rows.description}; {len(chosen):,} rows spread over all")
+
+
+def _is_parquet(rows: Rows) -> bool:
+    """Whether parquet files hold the rows; a folder of images may have one too, as its table."""
+    return all(kind_of(file) == "parquet" for file in rows.files)
 
 
 def _places(total: int, count: int, max_places: int) -> np.ndarray:
@@ -119,6 +123,11 @@ def _first_rows_of_shards(rows: Rows, count: int, max_places: int) -> Rows:
     each = -(-count // len(chosen))
     parts = [rows.dataset.shard(shards, number).take(each) for number in chosen.tolist()]
     note = f"the first {count_of(each, 'row')} of {len(chosen):,} of {count_of(shards, 'file')}"
-    return replace(
-        rows, dataset=datasets.concatenate_datasets(parts), description=f"{rows.description}; sample: {note}"
-    )
+    # `datasets.concatenate_datasets` would give all rows the columns of the first ones
+    dataset = datasets.IterableDataset.from_generator(_in_turn, gen_kwargs={"parts": parts})
+    return replace(rows, dataset=dataset, description=f"{rows.description}; sample: {note}")
+
+
+def _in_turn(parts: list[datasets.IterableDataset]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield from part

@@ -156,6 +156,11 @@ class ImageTransform:
                 "positive number of pixels."
             )
 
+    def centred(self) -> "ImageTransform":
+        """The transform without its random choices: the largest crop in the centre, neither mirrored nor reduced."""
+        plain = {"crop_probability": 1.0, "min_crop": 1.0, "flip_probability": 0.0, "reduce_probability": 0.0}
+        return replace(self, crop_position="centre", **plain)
+
     def _read(self) -> dict[str, Any]:
         """The fields as checked values."""
         return {

@@ -87,7 +87,14 @@ def open_reference(
 
     Source: our choice.
     """
-    rows, transform = open_rows(source, split, **columns), ImageTransform(size)
+    return reference_of_rows(open_rows(source, split, **columns), source, split, size, max_images, batch_size)
+
+
+def reference_of_rows(
+    rows: Rows, source: str, split: str, size: tuple[int, int], max_images: int, batch_size: int
+) -> Reference:
+    """The reference of an opened data set; the other arguments are as for `open_reference`."""
+    transform = ImageTransform(size)
     digest = hashlib.sha256(json.dumps(_settings(transform)).encode())
     images, captions, labels = 0, [], []
     for batch in _read(rows, transform, max_images, batch_size):

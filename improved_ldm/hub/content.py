@@ -22,7 +22,8 @@ Content = dict[str, Path | bytes]  # path in the repository → file, or its con
 Variant = Literal["ema", "fp16"]
 
 COMPLETE = ("README.md", "metrics.json", "config.yaml", "samples.png")
-NOT_PUBLISHED = ("checkpoints", "cache", "logs", "data.json", "switch.json", "run.lock")  # local to the machine
+# Files and folders that are local to the machine.
+NOT_PUBLISHED = ("checkpoints", "cache", "logs", "validation-samples", "data.json", "switch.json", "run.lock")
 VARIANT_DTYPES = {"ema": torch.float32, "fp16": torch.float16}  # a trained folder contains the averaged weights
 TEXT_SAMPLE = 8000  # bytes; a file with a NUL in them is binary, as in git
 TOKENS = re.compile(

@@ -45,4 +45,5 @@ def _latents(model: Denoiser) -> torch.Tensor:
 
 
 def _conditions(model: Denoiser, num_tokens: int) -> dict[str, torch.Tensor]:
-    return {"encoder_hidden_states": torch.empty(1, num_tokens, model.config.text_dim)} if model.config.text_dim else {}
+    width = model.config.text_dim
+    return {"encoder_hidden_states": torch.empty(1, num_tokens, width)} if width else {}

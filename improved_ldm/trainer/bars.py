@@ -32,9 +32,7 @@ class Bar:
         shown: whether this process shows it.
     """
 
-    def __init__(
-        self, say: Callable[[str], Any], label: str, unit: str, total: int | None = None, shown: bool = True
-    ):
+    def __init__(self, say: Callable[[str], Any], label: str, unit: str, total: int | None = None, shown: bool = True):
         self.say, self.label, self.unit = say, label, unit
         self.count, self.began = 0, time.perf_counter()
         self.line_time, self.in_log = self.began, shown and not sys.stderr.isatty()

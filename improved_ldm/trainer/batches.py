@@ -51,18 +51,25 @@ def open_batches(
         ValueError: if the run resumes and its data has changed.
         OutputError: if a cache cannot be written.
     """
-    device, config = run.accelerator.device, run.config
-    encoder = replace(encoder, vae=encoding_copy(encoder.vae, compute_dtype(config.autoencoder.dtype, device)))
-    if _is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
-        return _open_loader(run, mixture, encoder, control_inputs)
-    text_encoder = in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device))
-    loader = _open_loader(run, mixture, replace(encoder, text_encoder=text_encoder), control_inputs)
+    loader = _open_loader(run, mixture, encoder_of_run(run, encoder), control_inputs)
     if control_seen is not None:
         loader = WatchedLoader(loader, control_seen)
-    return Prefetcher(loader, config.training.prefetch, device) if config.training.prefetch else loader
+    if is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
+        return loader
+    ahead = run.config.training.prefetch
+    return Prefetcher(loader, ahead, run.accelerator.device) if ahead else loader
 
 
-def _is_trained(text_encoder: PreTrainedModel | None) -> bool:
+def encoder_of_run(run: Run, encoder: SampleEncoder) -> SampleEncoder:
+    """An encoder in the precision of a run: copies, except of a text encoder that is trained."""
+    device, config = run.accelerator.device, run.config
+    encoder = replace(encoder, vae=encoding_copy(encoder.vae, compute_dtype(config.autoencoder.dtype, device)))
+    if is_trained(encoder.text_encoder):
+        return encoder
+    return replace(encoder, text_encoder=in_dtype(encoder.text_encoder, compute_dtype(config.text.dtype, device)))
+
+
+def is_trained(text_encoder: PreTrainedModel | None) -> bool:
     """Whether a text encoder has an adapter that is trained with the denoiser."""
     return text_encoder is not None and any(parameter.requires_grad for parameter in text_encoder.parameters())
 
@@ -78,11 +85,13 @@ def _open_loader(
     transform, buckets = image_transform(config, control_inputs), run_buckets(config.transform)
     if config.cache.passes or config.cache.pretrained:
         cache = LatentCache(filled_cache(run, mixture, encoder, transform, buckets))
+        for line in cache.bucket_lines(buckets, config.training.batch_size) if buckets else ():
+            run.say(line)
         return CachedLoader(cache, config.training.batch_size, config.seed, rank, world_size, mixture.shares)
     indexed = index_sources(mixture, buckets)
-    for source, found in zip(mixture.sources, indexed or (), strict=False):
-        for line in index_lines(source.name, found, buckets, config.training.batch_size):
-            run.say(line)
+    named = zip((source.name for source in mixture.sources), indexed or (), strict=False)
+    for line in index_lines(named, buckets, config.training.batch_size):
+        run.say(line)
     loader = make_loader(
         mixture,
         transform,

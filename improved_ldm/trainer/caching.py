@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
 
 from improved_ldm.conditioning.control import CONTROL_LAYOUT
 from improved_ldm.data.buckets import Buckets
@@ -19,6 +18,7 @@ from improved_ldm.data.cache import (
     description_differences,
     find_cache_damage,
     publish_cache,
+    read_description,
     write_cache,
     write_description,
     write_skipped_rows,
@@ -32,6 +32,7 @@ from improved_ldm.naming import loading
 from improved_ldm.output import writing
 from improved_ldm.places import is_hub_id, resolve, shareable_place
 from improved_ldm.seeds import derive_seed
+from improved_ldm.trainer.bars import Bar
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
@@ -53,7 +54,11 @@ def filled_cache(
     config = run.config
     needed = _description(config, encoder, transform, buckets)
     if config.cache.pretrained is not None:
-        return on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
+        folder = on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
+        made_of = ", ".join(read_description(folder).get("data", ["a set that it does not name"]))
+        place = config.cache.pretrained
+        run.say(f"the samples come from the cache {place}, made of {made_of}; `data` is not encoded again")
+        return folder
     parts = config.model_dump(include={"seed", "data", "transform"}) | needed
     for key in ("accept_changes", "num_workers", "shuffle_window"):
         del parts["data"][key]  # these do not change the content
@@ -66,7 +71,8 @@ def filled_cache(
     folder = parent / cache_name(parts, places)
     if not on_main_process(lambda: _is_usable(folder, run)):
         passes = _passes(run, mixture, transform, buckets, skipped := {})
-        _write_cache(folder, run, passes, skipped, encoder, needed)
+        described = needed | {"data": [shareable_place(place) for place in config.data.places]}
+        _write_cache(folder, run, passes, skipped, encoder, described)
     return folder
 
 
@@ -164,7 +170,7 @@ def _passes(
 ) -> Iterator[dict[str, Any]]:
     """Every image as often as the cache holds it, with new crops and flips each time; counts skipped rows."""
     config, accelerator = run.config, run.accelerator
-    with tqdm(unit="img", desc="encoding", disable=not accelerator.is_local_main_process) as bar:
+    with Bar(run.say, "encoding the cache", "images", shown=accelerator.is_local_main_process) as bar:
         for number, rows in enumerate(mixture.rows):
             of_source = {}
             for repetition in range(config.cache.passes):

@@ -20,9 +20,10 @@ from improved_ldm.provenance import write_json, write_text
 from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.processes import on_main_process
 
-CONFIG, HISTORY, DATA = "config.yaml", "history.jsonl", "data.json"
+CONFIG, HISTORY, VALIDATION, DATA = "config.yaml", "history.jsonl", "validation.jsonl", "data.json"
 SWITCH = "switch.json"  # what a stage keeps of the stage before, if its conditions are others
-KEPT = (HISTORY, DATA, SWITCH)  # files of the run's folder of which checkpoints hold a copy
+RECORDS = (HISTORY, VALIDATION)  # what a run has measured until a step
+KEPT = (*RECORDS, DATA, SWITCH)  # files of the run's folder of which checkpoints hold a copy
 RECORD = "checkpoint.json"
 NEEDED = ("ema.safetensors", "data-rank0.json")  # files that a checkpoint without a manifest must have
 
@@ -153,8 +154,9 @@ class Checkpoints:
         self.accelerator.load_state(str(path), strict=not self.frozen)
         self.ema.load_state_dict(load_file(path / "ema.safetensors"), strict=not self.frozen)
         self.batches.load_state_dict(json.loads(self._rank_file(path, "data").read_text(encoding="utf-8")))
-        if self.accelerator.is_main_process and (path / HISTORY).exists():
-            write_text(self.folder.parent / HISTORY, (path / HISTORY).read_text(encoding="utf-8"))
+        for name in RECORDS:
+            if self.accelerator.is_main_process and (path / name).exists():
+                write_text(self.folder.parent / name, (path / name).read_text(encoding="utf-8"))
         progress = self._rank_file(path, "progress")
         return step, json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else {}
 

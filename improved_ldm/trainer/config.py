@@ -40,6 +40,7 @@ from improved_ldm.trainer.sections import (
     SamplingConfig,
     TextConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 from improved_ldm.transfer.resolution import GuidanceTransfer, NoiseTransfer
 
@@ -57,6 +58,7 @@ __all__ = [
     "StageConfig",
     "TextConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]
 
 MAX_STAGES = 100
@@ -80,6 +82,8 @@ STAGE_KEYS = {  # field of a stage → key of the run that it replaces
     "text_encoder": "text.pretrained",
     "max_tokens": "text.max_tokens",
     "learning_rate": "optimizer.learning_rate",
+    "validation_source": "validation.source",
+    "validation_split": "validation.split",
 }
 KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that only stages of one kind read
     "class": ("label_column", "num_classes"),
@@ -89,10 +93,11 @@ KEYS_OF_CONDITIONS: dict[Condition, tuple[str, ...]] = {  # keys of a stage that
 
 def check_trackers(names: Collection[str]):
     """Raise a ValueError for a tracker that accelerate does not know, or that is not installed."""
+    installed = {str(tracker) for tracker in get_available_trackers()}  # not equal to their names
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"`training.trackers` has {name!r}; it may have {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name not in get_available_trackers():
+        if name not in installed:
             raise ValueError(f"`training.trackers` has {name!r}, which is not installed: pip install {name}")
 
 
@@ -118,6 +123,7 @@ class SharedConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     sampling: SamplingConfig = SamplingConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: ObedienceConfig = ObedienceConfig()
     hub: HubConfig = HubConfig()
 
@@ -206,6 +212,10 @@ class StageConfig(Section):
     """Number of tokens per prompt, in a stage with text."""
     learning_rate: Positive | None = None
     """Peak learning rate."""
+    validation_source: Place | None = None
+    """Held-out images of the stage, as in `validation.source`."""
+    validation_split: Text | None = None
+    """Split of the held-out images, as in `validation.split`."""
     positions: PositionTransfer = "resample"
     """How the positions of patches change when the stage begins."""
     noise: NoiseTransfer = "rescale"

@@ -1,6 +1,7 @@
 """The sets of a run: opened, and looked at before training."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -9,6 +10,7 @@ from improved_ldm.data.buckets import Buckets, default_step
 from improved_ldm.data.filters import RowFilter
 from improved_ldm.data.mixture import Mixture, Source
 from improved_ldm.data.sources import Rows, RowStream, open_rows
+from improved_ldm.data.tally import skipped_rows
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import shareable_place
 from improved_ldm.trainer.config import DataConfig
@@ -30,26 +32,36 @@ class Survey:
     original_side: int
 
 
-def open_data(config: DataConfig, takes_text: bool) -> Mixture:
+def open_data(config: DataConfig, takes_text: bool, keys: Mapping[str, str] = DATA_KEYS) -> Mixture:
     """Open the sets of a run, with captions or with class labels.
+
+    Args:
+        config: the sets.
+        takes_text: whether captions are read, or labels.
+        keys: keys of the configuration by the names of arguments, for messages.
 
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
     """
-    sources = []
+    sources, names = [], _distinct_names([shareable_place(place) for place in config.places])
     for number, source in enumerate(config.each_source()):
         columns = (
             _text_columns(source) if takes_text else {"caption_column": None, "label_column": source.label_column}
         )
         prefix = f"data.sources[{number}]" if config.sources else "data"
-        with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in DATA_KEYS.items()}):
+        with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in keys.items()}):
             rows = open_rows(source.source, source.split, source.name, source.image_column, **columns)
             rows = replace(rows, label_column=None) if takes_text else rows
         used = RowFilter(source.min_size, source.max_aspect, source.caption_pattern)
         rows = replace(rows, row_filter=used, caption_prefix=source.caption_prefix or "")
-        sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
+        sources.append(Source(rows, names[number] if config.sources else "", source.weight))
     with naming_keys(num_classes="data.num_classes"):
         return Mixture.join(tuple(sources), None if takes_text else config.num_classes)
+
+
+def _distinct_names(names: list[str]) -> list[str]:
+    """The names of sets, with the number of the set where several have the same."""
+    return [f"{name} (number {number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
 
 def _text_columns(source: SourceConfig) -> dict[str, Any]:
@@ -81,14 +93,16 @@ def survey(mixture: Mixture) -> Survey:
 
 def _survey_of(rows: Rows) -> Survey:
     captions, sides = {}, []
-    for row in RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1)):
+    stream = RowStream(rows, shuffle_window=1, repeat=False, min_size=(1, 1))
+    for row in stream:
         if row.caption:
             captions[row.caption] = None
         sides.append(min(row.size))
         if len(sides) == SURVEYED_ROWS:
             break
     if not sides:
-        raise ValueError("the set holds no image that can be read and is used.")
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in skipped_rows(stream.state_dict()).items())
+        raise ValueError(f"the set holds no image that can be read and is used{f' ({reasons})' if reasons else ''}.")
     if rows.caption_column is not None and not captions:
         raise ValueError(f"column {rows.caption_column!r} holds no caption in the first {len(sides)} rows.")
     return Survey(list(captions), round(median(sides)))
@@ -117,6 +131,6 @@ def check_buckets(config: TransformConfig, multiple: int):
     """Raise a ValueError if the sides of buckets do not divide into latent patches of `multiple` pixels."""
     buckets = run_buckets(config)
     if buckets is not None and buckets.step % multiple:
-        raise ValueError(
-            f"`transform.bucket_step` is {buckets.step}; it must be a multiple of {multiple} pixels, a latent patch."
-        )
+        step = f"{buckets.step} by default" if config.bucket_step is None else buckets.step
+        needed = f"a multiple of {multiple} pixels, a latent patch"
+        raise ValueError(f"`transform.bucket_step` is {step}; it must be {needed}.")

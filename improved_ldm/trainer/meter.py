@@ -1,5 +1,6 @@
 """The speed of a training loop: steps and images per second, waiting for data, memory, and use of the device."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ GIB = 2**30
 # data sheets.
 PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 NVL": 835e12,
@@ -30,25 +32,26 @@ MEASURED = ("steps_per_second", "images_per_second", "seconds_left", "data_wait"
 
 def peak_flops(name: str) -> float | None:
     """The peak of a device in bf16, FLOP/s, from its name; None if it is not in the table."""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 class Meter:
-    """Measures training between two readings. The time between steps (samples, checkpoints) does not count as training.
+    """Measures the steps between two readings, without the time between steps, such as that of samples.
 
-    Nothing waits for the device: the times are right when the device has finished, as when a loss has been read.
+    Nothing waits for the device: the times are right when it has finished, as it has when a loss is read.
 
     Args:
         run: configuration, folder and processes.
-        flops_per_image: function that counts the floating-point operations of a training step per image; it is called
-            if the peak of the device is known. None if they are not known.
+        flops_per_image: function that counts the floating-point operations of a training step per image, or returns
+            None; it is called if the peak of the device is known.
     """
 
-    def __init__(self, run: Run, flops_per_image: Callable[[], float] | None = None):
+    def __init__(self, run: Run, flops_per_image: Callable[[], float | None]):
         self.device, self.processes = run.accelerator.device, run.accelerator.num_processes
         self.images_per_step, self.total_steps = run.images_per_step, run.config.training.steps
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        self.peak_images = peak / flops_per_image() if peak and flops_per_image else None  # per second and process
+        flops = flops_per_image() if peak else None
+        self.peak_images = peak / flops if flops else None  # per second and process
         self.started, self.all_steps = time.perf_counter(), 0
         self.step_began: float | None = None
         self.seconds = self.waited = 0.0

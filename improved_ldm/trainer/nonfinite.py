@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from improved_ldm.data.latents import EncodedBatch
-from improved_ldm.diffusion.objectives import Objective
-from improved_ldm.trainer.config import TrainingConfig
-from improved_ldm.trainer.randomness import StepRandomness
+from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
+from improved_ldm.trainer.task import Batch
 
 NONFINITE = "nonfinite"  # name of a folder in that of the run
 
@@ -51,7 +49,7 @@ class Suspect:
         loss: its loss, a scalar.
     """
 
-    batch: EncodedBatch
+    batch: Batch
     number: torch.Tensor
     loss: torch.Tensor
 
@@ -59,10 +57,10 @@ class Suspect:
         """All fields as named tensors."""
         return self.batch.tensors() | {"micro_batch": self.number, "loss": self.loss}
 
-    @classmethod
-    def from_tensors(cls, named: dict[str, torch.Tensor]) -> "Suspect":
-        """The inverse of `tensors`."""
-        return cls(EncodedBatch.from_tensors(named), named["micro_batch"], named["loss"])
+    def with_tensors(self, named: dict[str, torch.Tensor]) -> "Suspect":
+        """A suspect of the same kind with other `tensors`."""
+        batch = self.batch.from_tensors({name: named[name] for name in self.batch.tensors()})
+        return Suspect(batch, named["micro_batch"], named["loss"])
 
     def unless(self, stays: torch.Tensor, earlier: "Suspect | None") -> "Suspect":
         """This suspect, or an earlier one if the scalar bool `stays` is true; chosen on the device if they fit."""
@@ -71,7 +69,7 @@ class Suspect:
         own, kept = self.tensors(), earlier.tensors()
         if any(value.shape != own[name].shape for name, value in kept.items()):  # batches of different buckets
             return earlier if stays else self
-        return self.from_tensors({name: torch.where(stays, value, own[name]) for name, value in kept.items()})
+        return self.with_tensors({name: torch.where(stays, value, own[name]) for name, value in kept.items()})
 
     def unless_before(self, earlier: "Suspect | None") -> "Suspect":
         """This suspect, or an earlier one of the same step whose loss is not finite."""
@@ -105,14 +103,15 @@ class FirstSkipped:
         self._step = self._step.masked_fill(skipped & ~is_found, step)
 
     def write(
-        self, randomness_of: Callable[[int], StepRandomness], objective: Objective, config: TrainingConfig
+        self,
+        randomness_of: Callable[[int], StepRandomness],
+        random_choices: Callable[[ImageRandomness], dict[str, torch.Tensor]],
     ) -> Path | None:
         """Write the kept suspect to a file, once.
 
         Args:
             randomness_of: function from a step, counted from 0, to its random numbers.
-            objective: training objective, for the timesteps.
-            config: configuration, for the dropout probabilities.
+            random_choices: function from the random numbers of images to what they chose, as named tensors.
 
         Returns:
             The file; None if there is nothing to write, or it was written before.
@@ -120,11 +119,8 @@ class FirstSkipped:
         if self._is_written or not self._step:
             return None
         step = int(self._step)
-        images = randomness_of(step - 1).images(int(self._kept.number), len(self._kept.batch.latents))
-        semantic, control = images.dropped(config.semantic_dropout, config.control_dropout)
-        timesteps = objective.timestep_quantile(images.timestep_fractions())
-        randomness = {"timesteps": timesteps, "drops_semantic": semantic, "drops_control": control}
-        named = self._kept.tensors() | randomness
+        images = randomness_of(step - 1).images(int(self._kept.number), len(self._kept.batch))
+        named = self._kept.tensors() | random_choices(images)
         tensors = {name: value.cpu().contiguous() for name, value in named.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{step:08d}-rank{self.rank}.safetensors"

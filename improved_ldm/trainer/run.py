@@ -10,6 +10,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from tqdm import tqdm
 
 from improved_ldm.output import writing
 from improved_ldm.trainer.checkpoints import CONFIG, write_config
@@ -71,7 +72,7 @@ class Run:
     def say(self, text: str):
         """Print on the main process, above the progress bar."""
         if self.accelerator.is_main_process:
-            self.accelerator.print(text)
+            tqdm.write(text)
 
 
 def start_run(config: SharedConfig) -> Run:

@@ -20,6 +20,7 @@ FREE_KEYS = (
     "training.cpu_threads",
     "data.accept_changes",
     "sampling",
+    "validation",
     "evaluation",
     "hub",
     "output_dir",

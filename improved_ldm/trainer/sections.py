@@ -240,6 +240,25 @@ class SamplingConfig(Section):
         return options
 
 
+class ValidationConfig(Section):
+    """Held-out images: their loss during training, and the distance of a few samples to them."""
+
+    source: Place | None = None
+    """Set of the held-out images, with the columns of `data`; default: that of `data`."""
+    split: Text | None = None
+    """Split of the held-out images; default: `validation` or `test`, if a local set has one."""
+    every: CountOrZero | None = None
+    """Steps between held-out losses; default: as often as costs 2% of the training; 0 measures none."""
+    num_images: Annotated[Count, Field(le=10_000)] = 64
+    """Number of held-out images, which stay in memory."""
+    samples_every: CountOrZero = 0
+    """Steps between distances of samples to held-out images; 0 measures none."""
+    num_samples: Annotated[Count, Field(ge=6, le=10_000)] = 200
+    """Number of these samples, and of the images that they are compared with; few, so only for the trend."""
+    features: Place = "inception"
+    """Feature network of the distance: `inception`, `inception:FILE`, `embedded:judge`, …"""
+
+
 class HubConfig(Section):
     """The license on the card, and the repository that a run pushes to while it trains."""
 

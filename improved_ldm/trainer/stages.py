@@ -33,8 +33,8 @@ from improved_ldm.trainer.checkpoints import (
 from improved_ldm.trainer.components import check_resolution
 from improved_ldm.trainer.config import Carry, Condition, RunConfig, StageConfig
 from improved_ldm.trainer.data import check_buckets
+from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.lock import lock_folder
-from improved_ldm.trainer.loop import Start
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run, start_run
 from improved_ldm.trainer.same_run import check_same_run
@@ -228,7 +228,7 @@ def check_stages(stages: Sequence[Stage], denoiser: Denoiser, factor: int):
 
 def iterate_stages(
     stages: Sequence[Stage], run: Run, denoiser: Denoiser, objective: Objective, config: RunConfig, factor: int
-) -> Iterator[tuple[Stage, Run, Start]]:
+) -> Iterator[tuple[Stage, Run, DenoiserTask]]:
     """Start the stages one after the other; finished ones are skipped, except the last.
 
     Args:
@@ -244,7 +244,7 @@ def iterate_stages(
         on_main_process(lambda: lock_folder(Path(config.output_dir), run.say))
     for stage, following in zip(stages, (*stages[1:], None), strict=True):
         start = begin_stage(stage, denoiser, objective, factor)
-        denoiser, objective = start.denoiser, start.objective
+        denoiser, objective = start.model, start.objective
         if stage.switch is not None:
             lineage = (*lineage, stage.lineage[-1] | start.changes)
         # a following stage that has started needs nothing from this one
@@ -262,14 +262,14 @@ def iterate_stages(
         yield replace(stage, lineage=lineage), replace(run, stage=stage.name), start
 
 
-def _record_changes(stage: Stage, run: Run, start: Start):
+def _record_changes(stage: Stage, run: Run, start: DenoiserTask):
     """Print and write what a stage that begins keeps of the stage before and what begins anew."""
     if start.changes and not stage.has_begun:
         run.say("\n".join(conditions_lines(start.changes)))
         write_json(stage.folder / SWITCH, start.changes)
 
 
-def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: int) -> Start:
+def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: int) -> DenoiserTask:
     """What a stage starts from: what is given in the first stage, otherwise the end of the stage before.
 
     The weights are read from the last checkpoint of the stage before, so that a resumed run starts a stage like an
@@ -286,7 +286,7 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: 
         ValueError: if none of its checkpoints is intact.
     """
     if stage.switch is None:
-        return Start(denoiser, objective)
+        return DenoiserTask(denoiser, objective)
     old, new = stage.previous.transform.resolution, stage.config.transform.resolution
     if stage.switch.noise == "rescale":
         objective = objective.rescaled(side_of(old), side_of(new))
@@ -298,7 +298,7 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: 
         return transfer(model, new, stage.switch.positions, stage.switch.noise, factor), changes
 
     if stage.has_begun:  # it resumes from its own
-        return Start(moved(denoiser)[0], objective, changes=_changes_before(stage))
+        return DenoiserTask(moved(denoiser)[0], objective, changes=_changes_before(stage))
 
     folder = _end_of(Path(stage.previous.output_dir) / "checkpoints")
 
@@ -314,10 +314,10 @@ def begin_stage(stage: Stage, denoiser: Denoiser, objective: Objective, factor: 
     if stage.switch.optimizer == "carry":
         moments = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
     if changes is None:
-        return Start(begun, objective, averaged, moments)
+        return DenoiserTask(begun, objective, averaged, moments)
     moments = moments and kept_moments(moments, model, begun, changes.kept)
     places = moments["state"] if moments else ()
-    return Start(
+    return DenoiserTask(
         begun,
         objective,
         averaged,

@@ -17,13 +17,15 @@ from improved_ldm.trainer.config import Condition, RunConfig
 from improved_ldm.trainer.data import Survey, open_data, survey
 from improved_ldm.trainer.finish import finish
 from improved_ldm.trainer.grids import grid_sampler
+from improved_ldm.trainer.held_out_data import HeldOut, open_held_out
 from improved_ldm.trainer.hub_push import pipeline_pusher
 from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import SEMANTICS, Semantic, load_encoders, use_encoder
 from improved_ldm.trainer.stages import Stage, check_stages, iterate_stages, list_stages
-from improved_ldm.trainer.suitability import check_networks
+from improved_ldm.trainer.suitability import check_networks, show_reconstructions
 from improved_ldm.trainer.switch import list_switches
+from improved_ldm.trainer.validation import open_validation
 
 
 def train_stages(config: RunConfig, condition: Condition):
@@ -38,7 +40,7 @@ def train_stages(config: RunConfig, condition: Condition):
 
     # The data: opened and checked before anything else.
     check_models([stage.config for stage in stages], [stage.condition for stage in stages])
-    data, looks, semantics = zip(*map(_look_at_data, stages), strict=True)
+    data, looks, semantics, held_out = zip(*map(_look_at_data, stages), strict=True)
     first_run = start_run(stages[0].config)
 
     # The models: autoencoder and text encoder stay frozen, the denoiser is trained.
@@ -50,7 +52,7 @@ def train_stages(config: RunConfig, condition: Condition):
     stages = [replace(stage, conditions=switch) for stage, switch in zip(stages, switches, strict=True)]
     factor = spatial_factor(vae)
     check_stages(stages, denoiser, factor)
-    check_networks(first_run, [stage.config for stage in stages], data, encoders)
+    reconstructions = check_networks(first_run, [stage.config for stage in stages], data, encoders)
 
     # The training: one stage after the other, each in the loop that all scripts share.
     for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config, factor):
@@ -67,20 +69,24 @@ def train_stages(config: RunConfig, condition: Condition):
             guidance_options=config.sampling.guidance_options or None,
             lineage=list(stage.lineage) or None,
         )
+        pipeline.set_progress_bar_config(disable=True)  # samples have a bar of their own
+        show_reconstructions(run, reconstructions[stage.number])
         seen = ControlRanges(stage.control_seen())
         push = pipeline_pusher(run, pipeline, seen)  # before the data is encoded, which can take hours
         grid_rows = semantic.grid_rows(encoder, look)
-        batches = open_batches(run, data[stage.number], encoder, start.denoiser.control_inputs, seen)
-        sample = grid_sampler(pipeline, grid_rows, run.config.seed, run.folder / "samples", seen)
+        validation = open_validation(run, held_out[stage.number], start, encoder, pipeline)
+        batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs, seen)
+        sample = grid_sampler(run, pipeline, grid_rows, seen)
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
-        set_trained(pipeline, train(run, start, batches, hooks), seen)
+        set_trained(pipeline, train(run, start, batches, hooks, validation), seen)
         finish(run, pipeline, grid_rows, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()
 
 
-def _look_at_data(stage: Stage) -> tuple[Mixture, Survey, Semantic]:
-    """The opened sets of a stage, its first rows, and what is sampled."""
+def _look_at_data(stage: Stage) -> tuple[Mixture, Survey, Semantic, HeldOut | None]:
+    """The opened sets of a stage, its first rows, what is sampled, and its held-out images."""
     with naming_part(stage.name):
         mixture = open_data(stage.config.data, stage.condition == "text")
-        return mixture, survey(mixture), SEMANTICS[stage.condition](stage.config, mixture)
+        semantic = SEMANTICS[stage.condition](stage.config, mixture)
+        return mixture, survey(mixture), semantic, open_held_out(stage.config, mixture)

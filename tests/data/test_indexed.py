@@ -156,12 +156,12 @@ def test_a_bucket_of_one_image_is_neither_starved_nor_repeated(tmp_path):
 
 def test_what_buckets_do_is_said(tmp_path):
     source = IndexedSource.of(open_rows(write_folder(tmp_path / "a", 21)), BUCKETS)
-    lines = list(index_lines("a", source, BUCKETS, 5))
+    other = IndexedSource.of(open_rows(write_folder(tmp_path / "b", 4, [(20, 20)] * 4)), BUCKETS)
+    lines = list(index_lines([("a", source), ("b", other)], BUCKETS, 5))
     assert lines[0].startswith("a: images per bucket (height x width): ") and "32x32: 9" in lines[0]
-    assert lines[1:] == [
-        "a: 1 bucket with fewer images than a batch of 5; batches of these are smaller",
-        "a: 4 images beyond `transform.max_aspect` 3, cropped to the nearest bucket",
-    ]
+    assert lines[1] == "a: 4 images beyond `transform.max_aspect` 3, cropped to the nearest bucket"
+    assert lines[2].startswith("b: images per bucket") and "32x32: 4" in lines[2]
+    assert lines[3:] == ["1 bucket with fewer images than a batch of 5; batches of these are smaller"]
 
 
 def test_a_pass_has_each_image_once_in_its_bucket(tmp_path):

@@ -124,6 +124,12 @@ def test_class_labels_are_kept_where_there_is_no_text(encoder, tmp_path):
     assert rows.text is None
 
 
+def test_a_cache_of_one_image_makes_batches(encoder, tmp_path):
+    write_cache(tmp_path, batches((1,)), encoder)
+    loader = CachedLoader(LatentCache(tmp_path), batch_size=2, seed=0)
+    assert next(iter(loader)).latents.shape[0] == 2
+
+
 def test_an_empty_cache_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no shards"):
         LatentCache(tmp_path)

@@ -118,6 +118,11 @@ def test_missing_column_names_the_columns_that_exist(folder):
         open_rows(folder, caption_column="caption")
 
 
+def test_a_set_without_any_of_the_columns_is_not_an_empty_set(folder):
+    with pytest.raises(ValueError, match=r"`image_column` is 'jpg'; the set has the columns image, text, label"):
+        open_rows(folder, image_column="jpg", caption_column="txt")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

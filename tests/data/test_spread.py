@@ -89,3 +89,38 @@ def test_a_sample_of_shards_has_the_first_rows_of_shards_from_all_over(tmp_path,
     assert {caption.split(".")[0] for caption in found} >= {"0", str(shards - 1)}
     assert {caption.split(".")[1] for caption in found} == {str(number) for number in range(each)}
     assert f"of {shards} files" in sample.description
+
+
+@pytest.mark.parametrize("table", ["side files", "table.jsonl", "table.csv", "table.parquet", "metadata.jsonl"])
+def test_a_sample_of_a_folder_of_images_is_spread_whatever_describes_them(tmp_path, table):
+    names = [f"{number:02}.png" for number in range(40)]
+    for name in names:
+        (tmp_path / name).write_bytes(PNG.getvalue())
+        if table == "side files":
+            (tmp_path / name).with_suffix(".txt").write_text(name, encoding="utf-8")
+    lines = pa.table({"file_name": names, "text": names})
+    if table.endswith(".parquet"):
+        pq.write_table(lines, tmp_path / table)
+    elif table.endswith(".csv"):
+        lines.to_pandas().to_csv(tmp_path / table, index=False)
+    elif table.endswith(".jsonl"):
+        lines.to_pandas().to_json(tmp_path / table, orient="records", lines=True)
+    rows = open_rows(tmp_path)
+    assert count_rows(rows) == 40
+    sample = spread_rows(rows, 5)
+    assert captions(sample) == ["00.png", "10.png", "20.png", "29.png", "39.png"]
+    assert all(stored["image"]["path"] for (stored, *_), *_ in stored_windows(sample.dataset, 1, is_remote=False))
+
+
+def test_a_sample_of_shards_keeps_the_members_of_each_sample(tmp_path):
+    members = [{"jpg": b"a", "txt": b"1"}, {"png": b"b"}, {"webp": b"c", "json": b"{}"}]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number, sample in enumerate(members):
+                for suffix, content in sample.items():
+                    header = tarfile.TarInfo(f"{number}.{suffix}")
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+    rows = open_rows(tmp_path)
+    found = [stored.values for window in stored_windows(spread_rows(rows, 6).dataset, 64, False) for stored in window]
+    assert [{key: value for key, value in row.items() if key != "__key__"} for row in found] == members * 2

@@ -11,7 +11,7 @@ from improved_ldm.conditioning.control import null_control
 from improved_ldm.conditioning.text import TextTokens
 from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.trainer.config import TextConfig, TrainingConfig
-from improved_ldm.trainer.loop import batch_conditions, batch_loss
+from improved_ldm.trainer.denoiser_task import batch_conditions, batch_loss
 from improved_ldm.trainer.randomness import ImageRandomness
 from tests.published.sources import SOURCES, numbers
 

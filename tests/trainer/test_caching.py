@@ -18,12 +18,14 @@ def test_settings_that_do_not_change_the_content_share_a_cache(arguments, tmp_pa
     assert len(list((tmp_path / "caches").iterdir())) == 1
 
 
-def test_a_finished_cache_is_used_or_refused(arguments, tmp_path):
+def test_a_finished_cache_is_used_or_refused(arguments, tmp_path, capsys):
     main = load_script("train_t2i").main
     main(arguments("run", **SHORT))
     (made,) = (tmp_path / "run" / "cache").iterdir()
     finished = shutil.copytree(made, tmp_path / "finished")
+    capsys.readouterr()
     main(arguments("other", **SHORT, **{"cache.pretrained": finished, "cache.passes": 0}))
+    assert f"the samples come from the cache {finished}, made of .../train.parquet" in capsys.readouterr().out
     assert not (tmp_path / "other" / "cache").exists()
     other = {"cache.pretrained": finished, "cache.passes": 0, "transform.resolution": 16}
     with pytest.raises(ValueError, match=r"`sizes` is \[\[32, 32\]\]; the run needs \[\[16, 16\]\]"):

@@ -86,7 +86,16 @@ def test_the_route_of_the_control_reaches_the_denoiser(autoencoder):
         assert build_denoiser(config, autoencoder, num_classes=3).config.control_route == route
 
 
-SCRIPTS = ("train_t2i", "train_lora", "evaluate", "train_autoencoder", "train_clip", "train_judge", "publish")
+SCRIPTS = (
+    "train_t2i",
+    "train_lora",
+    "evaluate",
+    "train_autoencoder",
+    "train_clip",
+    "train_judge",
+    "publish",
+    "look_at_data",
+)
 
 
 def config_class(script: str) -> type[Section]:

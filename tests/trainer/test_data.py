@@ -44,8 +44,7 @@ def test_two_sources_in_buckets_train_by_weight_and_the_card_says_it(arguments, 
     assert f"images seen by source: .../a {first:,}, .../b {second:,}" in said
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert f"`.../a`, split `train`, 75.0 % of the samples, {first:,} images seen" in card
-    if not passes:
-        assert "images per bucket (height x width)" in said and "beyond `transform.max_aspect` 2" in said
+    assert "images per bucket (height x width)" in said and "beyond `transform.max_aspect` 2" in said
 
 
 @pytest.mark.parametrize("passes", [0, 1])
@@ -92,9 +91,13 @@ def test_stages_keep_their_buckets(arguments, sets, tmp_path, capsys):
         ({"transform.max_aspect": 0.5}, "greater than or equal to 1"),
         ({"transform.bucket_step": 12}, "`transform.bucket_step` is 12; it must divide `transform.resolution`"),
         ({"transform.bucket_step": 4}, "`transform.bucket_step` is 4; it must be a multiple of 8 pixels"),
+        (
+            {"transform.bucket_step": "null"},
+            "`transform.bucket_step` is 2 by default; it must be a multiple of 8 pixels",
+        ),
         ({"transform.bucket_step": 32}, "leave no other size than the square"),
         ({"transform.resolution": "[32, 48]"}, "must be one number"),
-        ({"data.min_size": 500}, "no image that can be read and is used"),
+        ({"data.min_size": 500}, r"no image that can be read and is used \(\d+: shorter side below 500 pixels\)"),
         ({"data.caption_pattern": "("}, "no regular expression"),
         ({"data.sources": "[{source: missing}]"}, r"`data.sources\[0\].source` is 'missing'"),
     ],

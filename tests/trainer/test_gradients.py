@@ -13,7 +13,7 @@ from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import DENOISERS
 from improved_ldm.trainer.config import OptimizerConfig, RunConfig
-from improved_ldm.trainer.loop import batch_conditions, batch_loss
+from improved_ldm.trainer.denoiser_task import batch_conditions, batch_loss
 from improved_ldm.trainer.optimizer import learning_rate_at
 from improved_ldm.trainer.randomness import ImageRandomness, StepRandomness
 

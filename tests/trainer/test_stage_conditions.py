@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from improved_ldm.models.family import DENOISERS
 from improved_ldm.places import resolve
 from improved_ldm.settings import parse_config
-from improved_ldm.trainer import loop, train_stages
+from improved_ldm.trainer import denoiser_task, train_stages
 from improved_ldm.trainer.checkpoints import checkpoint_path, read_weights
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.stages import list_stages
@@ -158,7 +158,7 @@ def test_moments_and_averages_follow_their_weights(whole):
 def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(
     whole, arguments, tmp_path, monkeypatch, stop_at
 ):
-    script, plain, calls = load_script("train_class_conditional"), loop.batch_loss, Counter()
+    script, plain, calls = load_script("train_class_conditional"), denoiser_task.batch_loss, Counter()
     argv = arguments("broken", **{"stages": CLASSES_THEN_TEXT, "denoiser.name": "pixart"})
 
     def interrupted(*rest):
@@ -167,10 +167,10 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(
             signal.raise_signal(signal.SIGTERM)
         return plain(*rest)
 
-    monkeypatch.setattr(loop, "batch_loss", interrupted)
+    monkeypatch.setattr(denoiser_task, "batch_loss", interrupted)
     with pytest.raises(SystemExit):
         script.main(argv)
-    monkeypatch.setattr(loop, "batch_loss", plain)
+    monkeypatch.setattr(denoiser_task, "batch_loss", plain)
     script.main(argv)
     for part in ("", "stage-1-32"):
         assert_same_weights(tmp_path / "broken" / part, whole.folder / part)

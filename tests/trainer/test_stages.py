@@ -111,9 +111,9 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(argume
     script = load_script("train_t2i")
     script.main(staged(arguments, "whole"))
 
-    from improved_ldm.trainer import loop
+    from improved_ldm.trainer import denoiser_task
 
-    plain = loop.batch_loss
+    plain = denoiser_task.batch_loss
     folder, calls = tmp_path / "broken" / stop_at, []
 
     def interrupted(accelerator, denoiser, *rest):
@@ -123,11 +123,11 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_to_the_same_weights(argume
             signal.raise_signal(signal.SIGTERM)
         return plain(accelerator, denoiser, *rest)
 
-    monkeypatch.setattr(loop, "batch_loss", interrupted)
+    monkeypatch.setattr(denoiser_task, "batch_loss", interrupted)
     with pytest.raises(SystemExit):
         script.main(staged(arguments, "broken"))
     assert not (folder / "metrics.json").exists()
-    monkeypatch.setattr(loop, "batch_loss", plain)
+    monkeypatch.setattr(denoiser_task, "batch_loss", plain)
     script.main(staged(arguments, "broken"))
     for part in ("", "stage-1-16"):
         torch.testing.assert_close(

@@ -1,6 +1,6 @@
 """What the tables measure of a trained pipeline, each a number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,16 +82,17 @@ class Scorer:
         """Guidance and steps of the samples."""
         return self.config.sampling.model_dump(include={"guidance_scale", "num_inference_steps"})
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self, measures: Set[str]) -> dict[str, Any]:
         """What the measures depend on, beside the pipeline."""
         numbers = self.config.evaluation
         if numbers.judge is None:  # the table compares no features
+            if not measures & SHAPE_MEASURES:
+                return {"reference": f"test images of {self.config.data.source}", **self.sampling}
             return {
-                "reference": f"test images of {self.config.data.source}",
+                "reference": f"training images of {self.config.data.source}",
                 "samples": len(SHAPES) * numbers.num_detail_samples,
                 "shapes": SHAPES,
-                "prompts": "captions of test images in turn",
+                "prompts": "captions of training images, evenly spread over the aspect ratios",
                 "real": real_shapes(self.config),
                 **self.sampling,
             }
@@ -242,6 +243,7 @@ class Measure:
     is_curve: bool = False
 
 
+SHAPE_MEASURES = {"aspect_error", "touches_border"}
 (SIDE,) = sized(1)  # the control input that sizes are asked for with
 
 MEASURES = {
@@ -257,7 +259,7 @@ MEASURES = {
     "cut_away": Measure("share cut away in training", True, TableSamples.cut_away),
     "square_loss": Measure("loss of square test crops", True, TableSamples.square_loss),
     "whole_loss": Measure("loss of whole test images", True, TableSamples.whole_loss),
-    "aspect_error": Measure("aspect error of new shapes, octaves", True, TableSamples.aspect_error),
-    "touches_border": Measure("new shapes that touch a border", True, TableSamples.touches_border),
+    "aspect_error": Measure("aspect error of other shapes, octaves", True, TableSamples.aspect_error),
+    "touches_border": Measure("other shapes that touch a border", True, TableSamples.touches_border),
     "detail": Measure("detail left at half size", True, TableSamples.detail, SIDE),
 }

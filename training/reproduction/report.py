@@ -102,9 +102,8 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         *_real(record),
         *_parameters(record),
         f"Mean over {len(record['seeds'])} seeds and {record['interval']}. {_features(record)}reference: "
-        f"{record['measured_with']['reference']}; {record['measured_with']['samples']} samples per run, "
-        f"{_sampled(record)}. "
-        f"{record['device']}; {record['seconds_a_run']:.0f} seconds per run.",
+        f"{record['measured_with']['reference']}; {_sampled(record)}{record['device']}; "
+        f"{record['seconds_a_run']:.0f} seconds per run.",
         "",
         *([record["note"], ""] if "note" in record else []),
         f"    {record['command']}",
@@ -138,11 +137,18 @@ def _real(record: dict[str, Any]) -> list[str]:
     """A line on what is measured of real images, where samples are compared with that."""
     values = record["measured_with"].get("real", {}).items()
     said = "; ".join(f"{MEASURES[name].title}: {value:.3g}" for name, value in values)
-    return [f"The same of whole test images: {said}.", ""] if said else []
+    return [f"The same of whole training images: {said}.", ""] if said else []
 
 
 def _sampled(record: dict[str, Any]) -> str:
-    """How the samples are made."""
+    """How many samples there are, and how they are made; empty if there are none."""
+    if "samples" not in record["measured_with"]:
+        return ""
+    return f"{record['measured_with']['samples']} samples per run, {_sampler(record)}. "
+
+
+def _sampler(record: dict[str, Any]) -> str:
+    """Guidance, steps and sampler of the samples."""
     overrides = [values["overrides"] for values in record["settings"].values()]
     if any(RECIPE in values for values in overrides):
         return "guidance, steps and sampler of each recipe"

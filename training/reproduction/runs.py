@@ -90,7 +90,7 @@ def measure_if_missing(
         for name, value in config.sampling.model_dump(include={"sampler", "timestep_spacing"}).items()
         if value is not None
     }
-    entry = kept.setdefault(json.dumps({"call": call, **sampler, **scorer.settings}, sort_keys=True), {})
+    entry = kept.setdefault(json.dumps({"call": call, **sampler, **scorer.settings(set(names))}, sort_keys=True), {})
     missing = [name for name in names if name not in entry]
     if missing:
         pipeline = ImprovedLDMPipeline.from_pretrained(folder).to(scorer.device)

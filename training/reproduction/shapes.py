@@ -1,4 +1,4 @@
-"""Aspect ratios: what of the images is cut away in training, the loss of whole ones, and samples of new shapes."""
+"""Aspect ratios: what of the images is cut away in training, the loss of whole ones, and samples of other shapes."""
 
 from pathlib import Path
 
@@ -8,28 +8,25 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm import ImprovedLDMPipeline
-from improved_ldm.conditioning.conditions import Conditioning
-from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.buckets import Buckets
 from improved_ldm.data.latents import SampleEncoder
-from improved_ldm.data.loader import make_pass
+from improved_ldm.data.loader import SampleLoader, make_pass
 from improved_ldm.data.look import Look
-from improved_ldm.data.sources import open_rows
+from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.hub.content import run_config
-from improved_ldm.seeds import normal
 from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.components import build_objective
 from improved_ldm.trainer.config import RunConfig
-from improved_ldm.trainer.data import run_buckets
+from improved_ldm.trainer.data import open_data, run_buckets
 from improved_ldm.trainer.grids import save_grid
+from improved_ldm.trainer.held_out import level_losses
 
 SHAPES = ((64, 32), (32, 64), (96, 32), (32, 96))  # (height, width) that no bucket has: 2:1 and, beyond all, 3:1
 PICTURED = ((64, 32), (48, 48), (32, 64))
 PICTURED_PROMPTS = 8
-NOISE_LEVELS = 8  # timesteps at which an image's loss is averaged
-LOSS_BUCKETS = {"step": 8, "max_aspect": 8.0}  # so fine that almost nothing of an image is cut away
+FINE_BUCKETS = {"step": 8, "max_aspect": 8.0}  # so fine that almost nothing of an image is cut away
 WHITE = 0.75  # from this value on, in [0, 1], a pixel's darkest channel is background: what is decoded is not clean
 LEAST_DRAWN = 0.1  # share of the pixels of a line that are drawn in a line of the drawing
 
@@ -71,21 +68,22 @@ def cut_away(folder: Path) -> float:
     """Share of the training images that a run cuts away in its first pass, from its control records; six digits."""
     values = run_config(folder)
     config = RunConfig.model_validate({key: values[key] for key in ("output_dir", "seed", "data", "transform")})
-    rows = open_rows(config.data.source, caption_column=None)
-    look = Look(rows, image_transform(config), run_buckets(config.transform), config.seed)
+    look = Look(training_rows(config), image_transform(config), run_buckets(config.transform), config.seed)
     for _ in look:
         pass
     return round(sum(part.cut_away for part in look.samples.values()) / look.usable, 6)  # equal for all seeds
 
 
-def test_batches(config: RunConfig, whole: bool):
-    """The test images in batches of one size: as centred squares, or nearly whole in fine buckets."""
-    side = config.transform.resolution
-    rows = open_rows(config.data.source, "test")
-    return make_pass(rows, ImageTransform(side), 32, buckets=Buckets(side, **LOSS_BUCKETS) if whole else None)
+def training_rows(config: RunConfig) -> Rows:
+    """The set that a run trains on, with its filter."""
+    return open_data(config.data, takes_text=True).sources[0].rows
 
 
-@torch.no_grad()
+def batches_of(rows: Rows, side: int, whole: bool) -> SampleLoader:
+    """The images of a set in batches of one size: as centred squares, or nearly whole in fine buckets."""
+    return make_pass(rows, ImageTransform(side), 32, buckets=Buckets(side, **FINE_BUCKETS) if whole else None)
+
+
 def held_out_loss(pipeline: ImprovedLDMPipeline, config: RunConfig, whole: bool) -> float:
     """Training loss of the test images, mean over images and timesteps, with noise that does not depend on the run.
 
@@ -94,55 +92,47 @@ def held_out_loss(pipeline: ImprovedLDMPipeline, config: RunConfig, whole: bool)
         config: data, resolution, objective and text of its run.
         whole: nearly whole images in fine buckets, or centred square crops.
     """
-    objective, denoiser = build_objective(config), pipeline.denoiser
+    objective, losses = build_objective(config), []
     encoder = SampleEncoder(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, config.text.max_tokens)
-    losses = []
-    for batch in test_batches(config, whole):
-        encoded, seeds = encoder(batch), batch["seed"]
-        noise = normal(seeds, encoded.text.hidden_states.shape[1:], 1 << 36)
-        text, mask = pad_tokens(encoded.text, config.text.padding, config.text.noise_scale, noise=noise)
-        conditions = Conditioning(text, mask, encoded.text.pooled, control=encoded.control).only(denoiser.inputs)
-        for level in range(NOISE_LEVELS):
-            timestep = objective.timestep_quantile(torch.full((len(seeds),), (level + 0.5) / NOISE_LEVELS))
-            noise = normal(seeds, encoded.latents.shape[1:], (level + 2) << 36)
-            noisy = objective.add_noise(encoded.latents, noise, timestep)
-            prediction = denoiser(noisy, timestep, **conditions.kwargs()).sample
-            losses.append(objective.losses(prediction, encoded.latents, noise, timestep)["mse"])
+    for batch in batches_of(open_rows(config.data.source, "test"), config.transform.resolution, whole):
+        losses.append(level_losses(pipeline.denoiser, objective, encoder(batch), batch["seed"], config.text))
     return torch.cat(losses).mean().item()
 
 
-def test_captions(config: RunConfig) -> list[str]:
-    """The captions of the test images."""
-    return list(open_rows(config.data.source, "test").captions())
+def drawn_prompts(config: RunConfig, count: int) -> list[str]:
+    """Captions of training images, evenly spread over the aspect ratios of these images."""
+    batches = batches_of(training_rows(config), config.transform.resolution, whole=True)
+    captions = [caption for batch in batches for caption in batch["caption"]]
+    return [captions[number * len(captions) // count] for number in range(count)]
 
 
 def sample_shapes(pipeline: ImprovedLDMPipeline, config: RunConfig, seed: int, **call) -> list[Image.Image]:
-    """Whole images of all `SHAPES`, the test captions in turn.
+    """Samples of the same prompts in all `SHAPES`.
 
     Args:
         pipeline: the pipeline.
-        config: data and number of samples per shape.
+        config: data and number of prompts.
         seed: seed of the first image; the others follow.
         call: further arguments of the pipeline.
     """
-    captions, count, images = test_captions(config), config.evaluation.num_detail_samples, []
+    count, images = config.evaluation.num_detail_samples, []
+    prompts = drawn_prompts(config, count)
     for height, width in SHAPES:
-        prompts = [captions[i % len(captions)] for i in range(count)]
         images += call_pipeline(pipeline, prompts, range(seed, seed + count), height=height, width=width, **call)
         seed += count
     return images
 
 
 def real_shapes(config: RunConfig) -> dict[str, float]:
-    """What is measured of samples, of whole test images."""
-    batches = test_batches(config, whole=True)
+    """What is measured of samples, of whole training images."""
+    batches = batches_of(training_rows(config), config.transform.resolution, whole=True)
     images = [to_pil_image(pixels) for batch in batches for pixels in batch["pixels"]]
     return {"aspect_error": mean_aspect_error(images), "touches_border": share_touching(images)}
 
 
 def draw_shapes(folders: dict[str, Path], config: RunConfig, seed: int, file: Path, **call):
     """Draw samples of the same prompts and seeds in several shapes, of pipelines by the names of their settings."""
-    prompts = test_captions(config)[:PICTURED_PROMPTS]
+    prompts = drawn_prompts(config, PICTURED_PROMPTS)
     columns = {}
     for height, width in PICTURED:
         for name, folder in folders.items():

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
 
 from improved_ldm.conditioning.control import CONTROL_LAYOUT
 from improved_ldm.data.buckets import Buckets
@@ -33,6 +32,7 @@ from improved_ldm.naming import loading
 from improved_ldm.output import writing
 from improved_ldm.places import is_hub_id, resolve, shareable_place
 from improved_ldm.seeds import derive_seed
+from improved_ldm.trainer.bars import Bar
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
@@ -170,7 +170,7 @@ def _passes(
 ) -> Iterator[dict[str, Any]]:
     """Every image as often as the cache holds it, with new crops and flips each time; counts skipped rows."""
     config, accelerator = run.config, run.accelerator
-    with tqdm(unit="img", desc="encoding", disable=not accelerator.is_local_main_process) as bar:
+    with Bar(run.say, "encoding the cache", "images", shown=accelerator.is_local_main_process) as bar:
         for number, rows in enumerate(mixture.rows):
             of_source = {}
             for repetition in range(config.cache.passes):

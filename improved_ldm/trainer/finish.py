@@ -17,6 +17,7 @@ from improved_ldm.hub.export import export_code
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import device_name, launch_command, library_versions, write_json
+from improved_ldm.trainer.bars import sampling_bar
 from improved_ldm.trainer.checkpoints import (
     CONFIG,
     HISTORY,
@@ -30,6 +31,7 @@ from improved_ldm.trainer.grids import sample_control_grid, sample_grid
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
 from improved_ldm.trainer.reports import count_skipped, last_loss, read_history
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.summary import summary_lines
 from improved_ldm.trainer.validation import held_out_at, read_validation
 
 SAMPLES, CONTROL = "samples.png", "control.png"
@@ -81,8 +83,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     write_json(folder / "metrics.json", metrics)  # last, because it marks the run as finished
     if metrics["skipped_rows"]:
         run.say(f"rows of the set that were skipped: {skipped_text(metrics['skipped_rows'])}")
-    shown = ("loss", "obedience", "notes", "seconds", "peak_memory_gb")
-    run.say(json.dumps({key: metrics[key] for key in shown}, indent=2))
+    run.say("\n".join(["", *summary_lines(metrics, history)]))
     what = "adapter" if adapter else "pipeline"
     samples = f"{SAMPLES}, " * bool(picture)
     run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, loss.png and README.md. To use it:\n")
@@ -101,18 +102,18 @@ def _look(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list) -> tuple[Pat
     for name in (SAMPLES, CONTROL):  # grids of earlier weights
         (run.folder / name).unlink(missing_ok=True)
     try:
-        run.say("sampling images")
-        picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
-        if not pipeline.get_list_adapters():
-            control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
+        with sampling_bar(pipeline, run.say, "sampling pictures"):
+            picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
+            if not pipeline.get_list_adapters():
+                control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
         judged = open_judged(
             run.config.evaluation.judge, ", ".join(run.config.data.places), pipeline.default_size, run.say
         )
         if judged is None:
             return picture, control, {}
-        run.say("judging samples")
         counts = run.config.evaluation.counts
-        return picture, control, evaluate_obedience(pipeline, *judged, **counts, seed=run.config.seed)
+        with sampling_bar(pipeline, run.say, "sampling for the judge"):
+            return picture, control, evaluate_obedience(pipeline, *judged, **counts, seed=run.config.seed)
     except NonFiniteLatentsError as error:
         run.say(f"sampling failed: {error} The weights are saved.")
         return picture, control, {}

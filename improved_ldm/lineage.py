@@ -48,6 +48,15 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     return (json.loads(index.read_text(encoding="utf-8")).get("lineage") or []) if index.is_file() else []
 
 
+def read_control_seen(folder: Path) -> dict[str, Any] | None:
+    """The ranges of the control that the weights in a folder were trained with, as `ControlRanges` records them.
+
+    None if the folder has no pipeline, or that of an earlier version: they are not known then.
+    """
+    index = folder / INDEX
+    return json.loads(index.read_text(encoding="utf-8")).get("control_seen") if index.is_file() else None
+
+
 def stage_folders(folder: Path) -> list[Path]:
     """The folders of the stages before the last one of a run in stages, in order, by the names in its lineage."""
     stages = [folder / Path(record["source"] or "").name for record in read_lineage(folder)]

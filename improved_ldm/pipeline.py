@@ -15,12 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from improved_ldm.autoencoder import decode_latents, spatial_factor
 from improved_ldm.conditioning.control import control_tensor
 from improved_ldm.conditioning.guidance import GuidedConditions
-from improved_ldm.conditioning.values import (
-    Size,
-    read_choice,
-    read_flag,
-    read_integer,
-)
+from improved_ldm.conditioning.values import Size, read_choice, read_flag, read_integer
 from improved_ldm.loading import DENOISER_NAMES, CheckedPipeline
 from improved_ldm.lora import LoraLoaderMixin
 from improved_ldm.models.active_adapters import scaled_adapters
@@ -81,6 +76,8 @@ class ImprovedLDMPipeline(
         lineage: Origin of the weights, one record per transfer, for the model card and the user.
         objective: Prediction type and noise that the denoiser was trained with, see `trained_objective`; default:
             those of the scheduler. Other schedulers must fit it.
+        control_seen: Ranges of the control in the training samples, as `ControlRanges` records them; None if they are
+            not known. Control that never varied in training has no effect, which is said once when it is asked for.
 
     The denoiser carries the settings, from `text_padding` on: those that are not given are taken from its last
     pipeline.
@@ -115,6 +112,7 @@ class ImprovedLDMPipeline(
         lineage: list[dict[str, Any]] | None = AS_BEFORE,
         objective: dict[str, Any] | None = AS_BEFORE,
         guidance_options: dict[str, Any] | None = AS_BEFORE,
+        control_seen: dict[str, Any] | None = AS_BEFORE,
     ):
         super().__init__()
         check_components(vae, transformer, unet)
@@ -138,6 +136,7 @@ class ImprovedLDMPipeline(
             "lineage": lineage,
             "objective": objective,
             "guidance_options": guidance_options,
+            "control_seen": control_seen,
         }
         settings = sampling_settings(given, self.denoiser, scheduler)
         check_text(text_encoder, settings["max_text_tokens"])
@@ -145,6 +144,7 @@ class ImprovedLDMPipeline(
         remember_settings(self.denoiser, self.config)
         self.vae_scale_factor = spatial_factor(vae)
         self._fitting_config = None  # config of the scheduler that last passed the check
+        self._said_control: set[str] = set()  # control that never varied in training, and was asked for
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property

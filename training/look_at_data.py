@@ -99,11 +99,12 @@ def look_at_set(run: RunConfig, rows: Rows, options: LookConfig, folder: Path):
     Raises:
         ValueError: if no row can be used.
     """
+    expected = min(filter(None, (options.rows, count_rows(rows))), default=None)
     rows = spread_rows(rows, options.rows) if options.rows else rows
     tokenizer = None if rows.caption_column is None else load_tokenizer(run.text)
     transform, buckets = image_transform(run, run.denoiser.control_parts), run_buckets(run.transform)
     look, sheet = Look(rows, transform, buckets, run.seed, tokenizer), ContactSheet(options.tiles, rows.class_names)
-    for seen in tqdm(look, total=options.rows or count_rows(rows), unit="img", desc="looking"):
+    for seen in tqdm(look, total=expected, unit="img", desc="looking"):
         if seen is not None:
             sheet.add(seen)
     lines = report_lines(look, run.text.pretrained, run.text.max_tokens)

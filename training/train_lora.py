@@ -33,7 +33,7 @@ from improved_ldm.trainer.lock import released_locks
 from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import class_rows, prompt_rows
-from improved_ldm.trainer.suitability import check_networks
+from improved_ldm.trainer.suitability import check_networks, show_reconstructions
 from improved_ldm.trainer.validation import open_validation
 
 DEFAULT = Path(__file__).parent / "configs" / "lora_fashion.yaml"
@@ -69,7 +69,7 @@ def train_adapter(config: AdapterRunConfig):
         grid_rows = prompt_rows(config.sampling.prompts, encoder, look)
     else:
         grid_rows = class_rows(pipeline.denoiser.config.num_classes)
-    check_networks(run, [config], [rows], [encoder])
+    show_reconstructions(run, *check_networks(run, [config], [rows], [encoder]))
 
     # The training, in the loop that all scripts share.
     start = DenoiserTask(adapted, base_objective(config, pipeline))

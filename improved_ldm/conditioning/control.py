@@ -33,6 +33,16 @@ SHOWN_CORNERS = {  # of these crops: (top, left), fractions of the image
 }
 
 
+def in_octaves(value: torch.Tensor) -> torch.Tensor:
+    """A size or a ratio, scaled to be embedded."""
+    return OCTAVE_SCALE * torch.log2(value)
+
+
+def in_fractions(value: torch.Tensor) -> torch.Tensor:
+    """A value in [0, 1], scaled to be embedded."""
+    return FRACTION_SCALE * value
+
+
 def crop_arguments(
     top: float, left: float, height: float, width: float, size: Size = (1, 1)
 ) -> dict[str, tuple[float, float]]:
@@ -104,7 +114,8 @@ class Control:
             columns=("original_height", "original_width"),
             part="size",
             level="low",
-            features=lambda c: [OCTAVE_SCALE * torch.log2(side) for side in (c.original_height, c.original_width)],
+            quantities=lambda c: [c.original_height, c.original_width],
+            scaled=in_octaves,
             read=read_size,
             default=_default_original_size,
             help="(height, width) in pixels of the image that the sample is a view of; small asks for little detail",
@@ -116,10 +127,8 @@ class Control:
             columns=("crop_top", "crop_left"),
             part="crop",
             level="high",  # fractions, so that a different `original_size` does not change φ_h
-            features=lambda c: [
-                FRACTION_SCALE * (c.crop_top / c.original_height),
-                FRACTION_SCALE * (c.crop_left / c.original_width),
-            ],
+            quantities=lambda c: [c.crop_top / c.original_height, c.crop_left / c.original_width],
+            scaled=in_fractions,
             read=partial(read_size, minimum_is_zero=True),
             default=lambda asked, drawn, side: (0, 0),
             help="(top, left) corner of the part of that image that is shown, in its pixels",
@@ -130,10 +139,8 @@ class Control:
             columns=("crop_height", "crop_width"),
             part="crop",
             level="high",
-            features=lambda c: [
-                FRACTION_SCALE * (c.crop_height / c.original_height),
-                FRACTION_SCALE * (c.crop_width / c.original_width),
-            ],
+            quantities=lambda c: [c.crop_height / c.original_height, c.crop_width / c.original_width],
+            scaled=in_fractions,
             read=read_size,
             default=_default_crop_size,
             help="(height, width) of that part, in pixels of the image",
@@ -145,7 +152,8 @@ class Control:
             columns=("target_height", "target_width"),
             part="size",
             level="high",
-            features=lambda c: [OCTAVE_SCALE * torch.log2(c.target_width / c.target_height)],
+            quantities=lambda c: [c.target_width / c.target_height],
+            scaled=in_octaves,
             read=read_size,
             default=lambda asked, drawn, side: drawn,
             help="(height, width) that the view is scaled to",
@@ -157,7 +165,8 @@ class Control:
             columns=("flip",),
             part="flip",
             level="high",
-            features=lambda c: [FRACTION_SCALE * c.flip],
+            quantities=lambda c: [c.flip],
+            scaled=in_fractions,
             read=read_flag,
             help="the mirrored image",
             shown=lambda image_size: {"": {"flip": True}},
@@ -169,10 +178,8 @@ class Control:
             columns=("luminance_mean", "luminance_spread", "saturation_mean", "saturation_spread"),
             part="colour",
             level="low",
-            features=lambda c: [
-                FRACTION_SCALE * value
-                for value in (c.luminance_mean, c.luminance_spread, c.saturation_mean, c.saturation_spread)
-            ],
+            quantities=lambda c: [c.luminance_mean, c.luminance_spread, c.saturation_mean, c.saturation_spread],
+            scaled=in_fractions,
             read=partial(read_vector, length=4, minimum=0, maximum=1),
             help="mean and standard deviation of the luminance, then of the saturation, all in [0, 1]",
             shown=lambda image_size: {

@@ -21,7 +21,8 @@ class Variable:
         columns: Names of the variable's columns in a control tensor, in order.
         part: Entry of a denoiser's `control_parts` that enables the variable.
         level: `high` is read at every timestep, `low` with the weight γ_c(t).
-        features: Function from the columns of a control, by name, to the scalars to embed, scaled for sinusoids.
+        quantities: Function from the columns of a control, by name, to the scalars that a denoiser reads.
+        scaled: Function from one of them to the number to embed, scaled so that sinusoids resolve steps of 1.
         read: Function from the argument's name and a caller's value to a checked value.
         default: Value if the caller gives none: a value, None for unknown, or a function of the given values by name
             (None if not given), of the sample's (height, width), and of the original image's shorter side in pixels.
@@ -34,11 +35,16 @@ class Variable:
     columns: tuple[str, ...]
     part: str
     level: ControlLevel
-    features: Callable[[Any], Sequence[torch.Tensor]]
+    quantities: Callable[[Any], Sequence[torch.Tensor]]
+    scaled: Callable[[torch.Tensor], torch.Tensor]
     read: Callable[[str, Any], Any]
     default: Any
     help: str
     shown: Callable[[Size], dict[str, dict[str, Any]]] = lambda image_size: {}
+
+    def features(self, columns: Any) -> list[torch.Tensor]:
+        """The numbers to embed, (batch,) each, from the columns of a control by name."""
+        return [self.scaled(quantity) for quantity in self.quantities(columns)]
 
     def is_one(self, value: Any) -> bool:
         """Whether an argument is one value for all samples, and not a sequence of values."""

@@ -12,6 +12,7 @@ import torch
 from improved_ldm.data.cache import CachedLoader
 from improved_ldm.data.latents import EncodedBatch, EncodingLoader
 from improved_ldm.data.retries import stop_retrying
+from improved_ldm.data.watched import WatchedLoader
 
 ENDING = 5.0  # seconds that a thread has to end
 POLL = 0.1  # seconds after which a waiting thread looks whether it is to end
@@ -29,7 +30,7 @@ class Prefetcher:
         device: device that the batches are moved to.
     """
 
-    def __init__(self, loader: CachedLoader | EncodingLoader, ahead: int, device: torch.device):
+    def __init__(self, loader: CachedLoader | EncodingLoader | WatchedLoader, ahead: int, device: torch.device):
         self.loader, self.ahead, self.device = loader, ahead, device
         self._state: dict[str, Any] | None = None
 

@@ -36,7 +36,7 @@ LICENCES = {
 def usage_lines(folder: str, pipeline: ImprovedLDMPipeline, prompt: str | int) -> str:
     """Five lines of Python that load a folder and sample an image."""
     semantic = f"{pipeline.semantic_argument}={json.dumps(prompt, ensure_ascii=False)}"
-    switches = [row.name for row in variables_read(pipeline.denoiser.control_inputs) if row.is_switch]
+    switches = [row.name for row in pipeline.varied_control() if row.is_switch]
     control = f", {switches[0]}=True" if switches else ""
     return "\n".join(
         [
@@ -106,7 +106,7 @@ def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: d
     named |= {
         section: {**config[section], key: shareable_place(config[section][key])} for section, key in places.items()
     }
-    read = pipeline.denoiser.control_inputs
+    read, varied = pipeline.denoiser.control_inputs, {row.name for row in pipeline.varied_control()}
     return {
         "config": {**config, **named},
         "sources": [
@@ -114,6 +114,7 @@ def card_parts(pipeline: ImprovedLDMPipeline, config: dict[str, Any], metrics: d
             for source in data_sources(config, metrics.get("images_by_source", ()))
         ],
         "control": variables_read(read),
+        "never_varied": [row.name for row in variables_read(read - varied)],
         "parts": ", ".join(part for part, inputs in INPUTS_OF_PARTS.items() if inputs & read),
         "metrics": metrics,
         "skipped": skipped_text(metrics.get("skipped_rows", {})),

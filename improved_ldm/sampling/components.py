@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.conditioning.guidance import GuidanceOptions
 from improved_ldm.conditioning.text import text_positions
 from improved_ldm.conditioning.values import MAX_SIDE, read_integer, read_size
@@ -36,6 +37,7 @@ DEFAULTS = {
     "lineage": None,
     "objective": None,
     "guidance_options": None,
+    "control_seen": None,
 }
 
 
@@ -81,6 +83,7 @@ def sampling_settings(
         settings["default_size"] = [read_integer("default_size", side, 1, MAX_SIDE) for side in (height, width)]
     if denoiser is not None:
         check_channels(settings["guidance_options"], denoiser.config.in_channels)
+    settings["control_seen"] = ControlRanges(settings["control_seen"]).record()
     check_objective(settings["objective"], before.get("objective"))
     if settings["objective"] is None and scheduler is not None:
         settings["objective"] = trained_objective(scheduler)

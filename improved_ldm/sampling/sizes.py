@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from improved_ldm.conditioning.control import VARIABLES, Control, ratio_warning, whole_image_size
+from improved_ldm.conditioning.control import VARIABLES, Control, ratio_warning, variables_read, whole_image_size
+from improved_ldm.conditioning.control_ranges import ControlRanges
+from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.conditioning.values import MAX_SIDE, plain, read_integer, read_per_sample, refuse
 from improved_ldm.sampling.arguments import check_pixels, logger
 
@@ -85,4 +87,29 @@ class SizesMixin:
         ]
         if warning := ratio_warning(controls, height, width):
             logger.warning(warning)
+        self._warn_of_control({name for name, value in given.items() if value is not None}, controls)
         return controls
+
+    def varied_control(self) -> tuple[Variable, ...]:
+        """The control variables that the denoiser reads and that varied in its training, as far as that is known."""
+        ranges = ControlRanges(self.config.control_seen)
+        return tuple(row for row in variables_read(self.denoiser.control_inputs) if ranges.varied(row))
+
+    def saw_control(self, **given: Any) -> bool:
+        """Whether control arguments are within what the model was trained with, as far as that is known."""
+        ranges, control = (
+            ControlRanges(self.config.control_seen),
+            self.make_controls(1, *self.default_size, **given)[0],
+        )
+        return all(ranges.holds(row, control) for row in variables_read(given))
+
+    def _warn_of_control(self, given: set[str], controls: list[Control]):
+        """Say once of each given variable that never varied in training, if another value is asked for."""
+        ranges = ControlRanges(self.config.control_seen)
+        for row in variables_read(given - self._said_control):
+            if not ranges.varied(row) and not all(ranges.holds(row, control) for control in controls):
+                self._said_control.add(row.name)
+                logger.warning(
+                    f"`{row.name}` is given, but it never varied in the training samples: the model has not learned "
+                    "what it does."
+                )

@@ -7,6 +7,7 @@ import peft
 from torch import nn
 from transformers import PreTrainedModel
 
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.diffusion.fitting import is_flow
 from improved_ldm.diffusion.objectives import Objective, Prediction, make_objective
 from improved_ldm.models.adapters import ADAPTABLE, add_text_adapter, attention_projections
@@ -175,8 +176,18 @@ def _adapter_settings(config: LoraConfig, targets: list[str]) -> peft.LoraConfig
     )
 
 
-def set_trained(pipeline: ImprovedLDMPipeline, trained: Denoiser | AdaptedModels):
-    """Make a pipeline sample with the model that a run trains."""
+def set_trained(
+    pipeline: ImprovedLDMPipeline, trained: Denoiser | AdaptedModels, control_seen: ControlRanges | None = None
+):
+    """Make a pipeline sample with the model that a run trains, and know the control that it was trained with.
+
+    Args:
+        pipeline: the pipeline.
+        trained: the model.
+        control_seen: ranges of the control so far; None for an adapter, whose pipeline keeps those of its base.
+    """
+    if control_seen is not None:
+        pipeline.register_to_config(control_seen=control_seen.record())
     if isinstance(trained, AdaptedModels):
         pipeline.text_encoder, trained = trained.text_encoder, trained.denoiser
     pipeline.denoiser = trained

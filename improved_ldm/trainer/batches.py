@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from improved_ldm.autoencoder import encoding_copy
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.data.cache import CachedLoader, LatentCache
 from improved_ldm.data.fingerprint import data_changes, data_fingerprint
 from improved_ldm.data.indexed import index_lines
@@ -16,6 +17,7 @@ from improved_ldm.data.loader import SampleLoader, index_sources, make_loader
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.prefetch import Prefetcher
 from improved_ldm.data.transforms import MEASURES, ImageTransform
+from improved_ldm.data.watched import WatchedLoader
 from improved_ldm.provenance import write_text
 from improved_ldm.trainer.caching import filled_cache
 from improved_ldm.trainer.checkpoints import DATA, kept_file
@@ -27,8 +29,12 @@ from improved_ldm.trainer.task_config import TaskConfig
 
 
 def open_batches(
-    run: Run, mixture: Mixture, encoder: SampleEncoder, control_inputs: Collection[str] = ()
-) -> CachedLoader | EncodingLoader | Prefetcher:
+    run: Run,
+    mixture: Mixture,
+    encoder: SampleEncoder,
+    control_inputs: Collection[str] = (),
+    control_seen: ControlRanges | None = None,
+) -> CachedLoader | EncodingLoader | WatchedLoader | Prefetcher:
     """The loader of one rank's training batches; prints what is read.
 
     Args:
@@ -36,6 +42,7 @@ def open_batches(
         mixture: the opened sets.
         encoder: encoder of images and captions to latents and tokens.
         control_inputs: control inputs of the denoiser; those that can be measured in the samples are measured.
+        control_seen: ranges that are widened to the control of the batches.
 
     Returns:
         An endless, resumable loader of `EncodedBatch`.
@@ -45,6 +52,8 @@ def open_batches(
         OutputError: if a cache cannot be written.
     """
     loader = _open_loader(run, mixture, encoder_of_run(run, encoder), control_inputs)
+    if control_seen is not None:
+        loader = WatchedLoader(loader, control_seen)
     if is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
         return loader
     ahead = run.config.training.prefetch

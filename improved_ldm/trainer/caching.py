@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from tqdm import tqdm
 
 from improved_ldm.conditioning.control import CONTROL_LAYOUT
 from improved_ldm.data.buckets import Buckets
@@ -33,6 +32,7 @@ from improved_ldm.naming import loading
 from improved_ldm.output import writing
 from improved_ldm.places import is_hub_id, resolve, shareable_place
 from improved_ldm.seeds import derive_seed
+from improved_ldm.trainer.bars import Bar
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.lock import Owner
 from improved_ldm.trainer.processes import on_main_process
@@ -56,9 +56,8 @@ def filled_cache(
     if config.cache.pretrained is not None:
         folder = on_main_process(lambda: _pretrained(config.cache.pretrained, needed))
         made_of = ", ".join(read_description(folder).get("data", ["a set that it does not name"]))
-        run.say(
-            f"the samples come from the cache {config.cache.pretrained}, made of {made_of}; `data` is not encoded again"
-        )
+        place = config.cache.pretrained
+        run.say(f"the samples come from the cache {place}, made of {made_of}; `data` is not encoded again")
         return folder
     parts = config.model_dump(include={"seed", "data", "transform"}) | needed
     for key in ("accept_changes", "num_workers", "shuffle_window"):
@@ -171,7 +170,7 @@ def _passes(
 ) -> Iterator[dict[str, Any]]:
     """Every image as often as the cache holds it, with new crops and flips each time; counts skipped rows."""
     config, accelerator = run.config, run.accelerator
-    with tqdm(unit="img", desc="encoding", disable=not accelerator.is_local_main_process) as bar:
+    with Bar(run.say, "encoding the cache", "images", shown=accelerator.is_local_main_process) as bar:
         for number, rows in enumerate(mixture.rows):
             of_source = {}
             for repetition in range(config.cache.passes):

@@ -74,15 +74,20 @@ def open_sets(
     Raises:
         FileNotFoundError, ValueError: as in `open_rows`, with the names of the configuration's keys.
     """
-    sources = []
+    sources, names = [], _distinct_names([shareable_place(place) for place in config.places])
     for number, source in enumerate(config.each_source()):
         prefix = f"data.sources[{number}]" if config.sources else "data"
         with naming_keys(**{name: key.replace("data", prefix, 1) for name, key in keys.items()}):
             rows = open_rows(source.source, source.split, source.name, source.image_column, **columns_of(source))
         rows = source.apply(rows if reads_labels else replace(rows, label_column=None))
-        sources.append(Source(rows, shareable_place(source.source) if config.sources else "", source.weight))
+        sources.append(Source(rows, names[number] if config.sources else "", source.weight))
     with naming_keys(num_classes="data.num_classes"):
         return Mixture.join(tuple(sources), config.num_classes if reads_labels else None)
+
+
+def _distinct_names(names: list[str]) -> list[str]:
+    """The names of sets, with the number of the set where several have the same."""
+    return [f"{name} (number {number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
 
 def text_columns(source: SourceConfig) -> dict[str, Any]:
@@ -161,6 +166,6 @@ def check_buckets(config: TransformConfig, multiple: int):
     """Raise a ValueError if the sides of buckets do not divide into latent patches of `multiple` pixels."""
     buckets = run_buckets(config)
     if buckets is not None and buckets.step % multiple:
-        raise ValueError(
-            f"`transform.bucket_step` is {buckets.step}; it must be a multiple of {multiple} pixels, a latent patch."
-        )
+        step = f"{buckets.step} by default" if config.bucket_step is None else buckets.step
+        needed = f"a multiple of {multiple} pixels, a latent patch"
+        raise ValueError(f"`transform.bucket_step` is {step}; it must be {needed}.")

@@ -12,6 +12,7 @@ from improved_ldm.conditioning.control import required_columns
 from improved_ldm.conditioning.text import pad_tokens
 from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.diffusion.objectives import Objective, objective_loss
+from improved_ldm.models.cost import training_flops
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.trainer.config import TextConfig, TrainingConfig
 from improved_ldm.trainer.nonfinite import pass_nonfinite_to_gradient
@@ -55,6 +56,12 @@ class DenoiserTask(Task):
 
     def loss(self, run: Run, model: nn.Module, batch: EncodedBatch, images: ImageRandomness) -> torch.Tensor:
         return batch_loss(run.accelerator, model, self.objective, batch, images, run.config.training, run.config.text)
+
+    def flops_per_image(self, run: Run) -> float:
+        denoiser = getattr(self.model, "denoiser", self.model)  # an adapted text encoder comes with its denoiser
+        return training_flops(
+            denoiser, run.config.text.max_tokens, frozen=bool(getattr(denoiser, "peft_config", None))
+        )
 
     def random_choices(self, run: Run, images: ImageRandomness) -> dict[str, torch.Tensor]:
         semantic, control = images.dropped(run.config.training.semantic_dropout, run.config.training.control_dropout)

@@ -1,7 +1,6 @@
 """The end of a run: the pipeline's folder with its samples, metrics, loss curve and card."""
 
 import itertools
-import json
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +12,14 @@ from improved_ldm.hub.export import export_code
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import write_json
+from improved_ldm.trainer.bars import sampling_bar
 from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.grids import sample_control_grid, sample_grid
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
 from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.run_record import run_record, say_what_was_skipped, time_and_memory
+from improved_ldm.trainer.summary import summary_lines
 from improved_ldm.trainer.validation import held_out_at, read_validation
 
 SAMPLES, CONTROL = "samples.png", "control.png"
@@ -60,8 +61,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     write(folder, pipeline, config, metrics, grid_rows[0], picture and picture.name)
     write_json(folder / "metrics.json", metrics)  # last, because it marks the run as finished
     say_what_was_skipped(run, metrics)
-    shown = ("loss", "obedience", "notes", "seconds", "peak_memory_gb")
-    run.say(json.dumps({key: metrics[key] for key in shown}, indent=2))
+    run.say("\n".join(["", *summary_lines(metrics, history)]))
     what = "adapter" if adapter else "pipeline"
     samples = f"{SAMPLES}, " * bool(picture)
     run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, loss.png and README.md. To use it:\n")
@@ -80,18 +80,18 @@ def _look(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list) -> tuple[Pat
     for name in (SAMPLES, CONTROL):  # grids of earlier weights
         (run.folder / name).unlink(missing_ok=True)
     try:
-        run.say("sampling images")
-        picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
-        if not pipeline.get_list_adapters():
-            control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
+        with sampling_bar(pipeline, run.say, "sampling pictures"):
+            picture = sample_grid(pipeline, grid_rows, run.config.seed, run.folder / SAMPLES)
+            if not pipeline.get_list_adapters():
+                control = sample_control_grid(pipeline, grid_rows[0], run.config.seed, run.folder / CONTROL)
         judged = open_judged(
             run.config.evaluation.judge, ", ".join(run.config.data.places), pipeline.default_size, run.say
         )
         if judged is None:
             return picture, control, {}
-        run.say("judging samples")
         counts = run.config.evaluation.counts
-        return picture, control, evaluate_obedience(pipeline, *judged, **counts, seed=run.config.seed)
+        with sampling_bar(pipeline, run.say, "sampling for the judge"):
+            return picture, control, evaluate_obedience(pipeline, *judged, **counts, seed=run.config.seed)
     except NonFiniteLatentsError as error:
         run.say(f"sampling failed: {error} The weights are saved.")
         return picture, control, {}

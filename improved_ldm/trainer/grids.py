@@ -1,53 +1,72 @@
-"""Labelled grids of samples from one seed: one row per prompt, one column per control input."""
+"""Labelled grids of samples, one row per prompt, one column per seed or control input; and of reconstructions."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
-from improved_ldm.conditioning.control import variables_read
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import side_of
 from improved_ldm.trainer.adapters import set_trained
+from improved_ldm.trainer.bars import sampling_bar
 from improved_ldm.trainer.pictures import say_without_pictures, track_picture
 from improved_ldm.trainer.run import Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SEEDS = 3  # columns of a grid without control inputs
+STRIP = 8  # images on a strip of reconstructions
+RECONSTRUCTIONS = "reconstructions.png"
+
+
+def save_reconstructions(images: Sequence[torch.Tensor], decoded: Sequence[torch.Tensor], file: Path):
+    """Save a labelled strip of images of the data, above what the autoencoder makes of them.
+
+    Args:
+        images: (3, height, width) each, in [-1, 1]; the first ones are shown.
+        decoded: the same images, encoded and decoded.
+        file: PNG file to write.
+    """
+    shown = list(zip(images, decoded, strict=True))[:STRIP]
+    columns = [[to_pil_image((pixels.clamp(-1, 1) + 1) / 2) for pixels in pair] for pair in shown]
+    save_grid(columns, ["images of the data", "what the autoencoder keeps"], [""] * len(columns), file)
+
 
 def control_variants(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
-    """The columns of a grid: label → control arguments of the pipeline, one per control input."""
-    firsts = (next(iter(views.items())) for views in _shown(pipeline).values())
-    return {"plain": {}, **dict(firsts)}
+    """Columns of a grid: label → control arguments of the pipeline, one per control input."""
+    return dict(next(iter(views.items())) for views in _shown(pipeline).values())
 
 
 def sample_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed: int, file: Path) -> Path:
-    """Sample every row with every control variant from one seed and save the labelled grid.
+    """Sample every row from several seeds, then from the first one with each control input; save the labelled grid.
 
     If the pipeline has an adapter, samples of its base are shown next to those of the adapter.
 
     Args:
         pipeline: pipeline to sample with.
         rows: prompts, or class labels.
-        seed: seed of every image.
+        seed: the first of the seeds, which follow each other.
         file: PNG file to write.
 
     Returns:
         The file.
     """
-    variants = control_variants(pipeline)
-    columns = {label: _sample(pipeline, rows, seed, arguments) for label, arguments in variants.items()}
+    columns = {f"seed {one}": _sample(pipeline, rows, one, {}) for one in range(seed, seed + SEEDS)}
+    for label, arguments in control_variants(pipeline).items():
+        columns[f"seed {seed}\n{label}"] = _sample(pipeline, rows, seed, arguments)
     if pipeline.get_active_adapters():
         pipeline.disable_lora()
         try:
-            columns = {"base": _sample(pipeline, rows, seed, {}), **columns}
+            columns = {f"seed {seed}\nbase": _sample(pipeline, rows, seed, {}), **columns}
         finally:
             pipeline.enable_lora()
     labels = [row if isinstance(row, str) else pipeline.class_name(row) for row in rows]
@@ -62,10 +81,14 @@ def control_views(pipeline: ImprovedLDMPipeline) -> dict[str, dict]:
 
 
 def _shown(pipeline: ImprovedLDMPipeline) -> dict[Variable, dict[str, dict]]:
-    """The values that grids show of each control input that the denoiser reads, switches first."""
-    rows = sorted(variables_read(pipeline.denoiser.control_inputs), key=lambda row: not row.is_switch)
-    views = {row: row.views(pipeline.default_image_size) for row in rows}
-    return {row: shown for row, shown in views.items() if shown}
+    """The values that grids show of each control input that varied in training, switches first."""
+    shown = {}
+    for row in sorted(pipeline.varied_control(), key=lambda row: not row.is_switch):
+        views = row.views(pipeline.default_image_size).items()
+        seen = {label: arguments for label, arguments in views if pipeline.saw_control(**arguments)}
+        if len(seen) > 1 or (seen and row.is_switch):  # one alone could be the default
+            shown[row] = seen
+    return shown
 
 
 def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int, file: Path) -> Path | None:
@@ -94,15 +117,24 @@ def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int
 
 
 def grid_sampler(
-    run: Run, pipeline: ImprovedLDMPipeline, rows: list[str] | list[int]
+    run: Run, pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], control_seen: ControlRanges | None = None
 ) -> Callable[[Denoiser, int], None]:
-    """A function of a denoiser and a step that saves a sample grid of that denoiser and shows it in the trackers."""
+    """A function of a denoiser and a step that saves a sample grid of that denoiser and shows it in the trackers.
+
+    Args:
+        run: configuration, folder and processes.
+        pipeline: pipeline of the denoiser.
+        rows: prompts, or class labels.
+        control_seen: see `set_trained`.
+    """
     if run.config.sampling.every:
         say_without_pictures(run)
 
     def sample(denoiser: Denoiser, step: int):
-        set_trained(pipeline, denoiser)
-        file = sample_grid(pipeline, rows, run.config.seed, run.folder / "samples" / f"step-{step:07d}.png")
+        set_trained(pipeline, denoiser, control_seen)
+        file = run.folder / "samples" / f"step-{step:07d}.png"
+        with sampling_bar(pipeline, run.say, f"sampling {file.name}"):
+            sample_grid(pipeline, rows, run.config.seed, file)
         track_picture(run, "samples", file, step)
 
     return sample

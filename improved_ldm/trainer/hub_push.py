@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.hub.content import check_shareable, folder_content
 from improved_ldm.hub.local_folders import check_names_no_folders, rewrite_records
 from improved_ldm.hub.repository import Repository, access_token
@@ -14,7 +15,9 @@ from improved_ldm.trainer.finish import save_trained
 from improved_ldm.trainer.run import Run
 
 
-def pipeline_pusher(run: Run, pipeline: ImprovedLDMPipeline) -> Callable[[Denoiser, int], None] | None:
+def pipeline_pusher(
+    run: Run, pipeline: ImprovedLDMPipeline, control_seen: ControlRanges | None = None
+) -> Callable[[Denoiser, int], None] | None:
     """A function of a denoiser and a step that pushes the pipeline with that denoiser; None if a run pushes nothing.
 
     The repository is opened at once, so a wrong token or name is reported before the data is encoded. The function is
@@ -23,6 +26,7 @@ def pipeline_pusher(run: Run, pipeline: ImprovedLDMPipeline) -> Callable[[Denois
     Args:
         run: configuration, folder and processes.
         pipeline: pipeline of the denoiser.
+        control_seen: see `set_trained`.
 
     Raises:
         ValueError: if the repository's name is not valid, or the repository is public but must be private.
@@ -36,7 +40,7 @@ def pipeline_pusher(run: Run, pipeline: ImprovedLDMPipeline) -> Callable[[Denois
         repository.add_branch(hub.branch)
 
     def push(denoiser: Denoiser, step: int):
-        set_trained(pipeline, denoiser)
+        set_trained(pipeline, denoiser, control_seen)
         try:
             with TemporaryDirectory() as folder:
                 save_trained(pipeline, Path(folder))

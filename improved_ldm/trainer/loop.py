@@ -101,7 +101,7 @@ def train(
     folder, keep = run.folder / "checkpoints", config.keep_checkpoints
     checkpoints = Checkpoints(accelerator, folder, keep, ema, batches, frozen, run.images_per_step, run.config)
     first_step, kept_progress = checkpoints.resume()
-    progress = Progress(run, first_step, kept_progress)
+    progress = Progress(run, first_step, kept_progress, partial(task.flops_per_image, run))
     if validation is not None:
         validation.resume(first_step)
     if first_step:
@@ -119,9 +119,10 @@ def train(
 
     kept = _kept_on_failure(run, checkpoints, progress)
     with progress, kept, stop_signals() as stop, iterated(stop) as batch_iterator:
+        timed_batches = progress.meter.timed(batch_iterator)
         for step in range(first_step, config.steps):
             set_learning_rate(optimizer, recipe, step, config.steps)
-            loss, suspect = _accumulate_gradients(run, task, model, batch_iterator, randomness_of(step))
+            loss, suspect = _accumulate_gradients(run, task, model, timed_batches, randomness_of(step))
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
             skipped = ~gradient_norm.isfinite()  # a scalar on the device, the same on all processes
             optimizer.optimizer.skip_where(skipped)  # accelerate's optimizer wraps ours

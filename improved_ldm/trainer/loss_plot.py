@@ -49,12 +49,12 @@ def _draw(axes: Axes, records: list[dict[str, Any]], name: str, label: str, **st
 def _draw_levels(axes: Axes, held_out: list[dict[str, Any]]):
     """The held-out loss of the averaged weights at each timestep, from little noise (dark) to much (light)."""
     timesteps = held_out[-1]["timesteps"]
-    colours = pyplot.get_cmap("viridis")
+    shades = pyplot.get_cmap("viridis")
     for level, timestep in enumerate(timesteps):
         records = [
             {"images": record["images"], "loss": record["averaged_loss_by_level"][level]} for record in held_out
         ]
-        colour = colours(level / len(timesteps))
-        _draw(axes, records, "loss", f"t = {timestep:.0f}", color=colour, marker=".")
+        shade = shades(level / len(timesteps))
+        _draw(axes, records, "loss", f"t = {timestep:.0f}", color=shade, marker=".")
     axes.set_title("held-out images, averaged weights, by timestep", fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

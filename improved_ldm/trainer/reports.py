@@ -1,4 +1,4 @@
-"""Reports of a run: a progress bar, trackers, the history of the loss."""
+"""Reports of a run: a progress bar, lines of the log, trackers, the history of the loss."""
 
 import json
 import math
@@ -12,27 +12,42 @@ from tqdm import tqdm
 
 from improved_ldm.output import writing
 from improved_ldm.provenance import read_json_lines, write_json_lines
+from improved_ldm.trainer.bars import LINE_SECONDS, duration_text
 from improved_ldm.trainer.checkpoints import HISTORY
+from improved_ldm.trainer.meter import Meter, measured_text
 from improved_ldm.trainer.nonfinite import NonFiniteLossError
 from improved_ldm.trainer.run import Run
 
+LINES = 20  # parts of a run, of which each has a line in the log
+
 
 class Progress:
-    """Counts images, shows a bar, keeps losses on the device until a log step, then records them.
+    """Counts images, keeps losses on the device until a log step, then records them with the speed of the training.
+
+    In a terminal there is a bar; a line is printed at the first log step, then for each of `LINES` parts of the run,
+    and at least every `LINE_SECONDS`.
 
     Args:
         run: configuration, folder and processes.
         start: step that the run resumes from.
         state: result of `state_dict` at that step; empty if there is none.
+        flops_per_image: see `Meter`.
     """
 
-    def __init__(self, run: Run, start: int, state: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        run: Run,
+        start: int,
+        state: dict[str, Any] | None = None,
+        flops_per_image: Callable[[], float | None] = lambda: None,
+    ):
         self.run, self.step, self.history_file = run, start, run.folder / HISTORY
         losses = (state or {}).get("losses", [])
         run.clock.earlier = (state or {}).get("seconds", 0.0)  # checkpoints of earlier versions have none
         self.losses = [torch.tensor(loss, device=run.accelerator.device) for loss in losses]
         self.records: list[dict[str, Any]] = []
-        self.last_time, self.last_step = time.perf_counter(), start
+        self.meter = Meter(run, flops_per_image)
+        self.line_step, self.line_time = -1, -LINE_SECONDS
         self.skipped_in_a_row = 0  # until the last log step
         if run.accelerator.is_main_process:
             goes_on = start < run.config.training.steps  # then the losses since the last log step are logged again
@@ -44,7 +59,7 @@ class Progress:
             initial=start * per_step,
             unit="img",
             desc="training",
-            disable=not run.accelerator.is_local_main_process,
+            disable=None if run.accelerator.is_local_main_process else True,  # None shows it in a terminal only
         )
 
     def __enter__(self):
@@ -75,31 +90,39 @@ class Progress:
         self.losses.append(loss)
         self.bar.update(self.run.images_per_step)
         if step % self.run.config.training.log_every and step != self.run.config.training.steps:
+            self.meter.end_step()
             return False
         losses = torch.stack(self.losses)
         finite = losses.isfinite()  # the same on all processes
         loss_value = self.run.accelerator.reduce(losses[finite].mean(), "mean").item()
+        self.meter.end_step()  # the device has finished it
         skipped = self._count_skipped(finite.tolist())
-        now = time.perf_counter()
-        images = (step - self.last_step) * self.run.images_per_step
         record = {
             "step": step,
             "images": step * self.run.images_per_step,
             "loss": _or_none(loss_value),
             "gradient_norm": _or_none(float(gradient_norm)),
             "learning_rate": learning_rate,
-            "images_per_second": images / (now - self.last_time),
+            **self.meter.read(step),
         }
         if skipped:
             record["skipped_steps"] = skipped
-        self.last_time, self.last_step = now, step
         if step % self.run.config.training.log_every == 0:  # else a longer run still needs them for its next log step
             self.losses = []
         self.records.append(record)
         self.bar.set_postfix(loss=f"{loss_value:.4f}")
+        self._say_line(record)
         values = {key: value for key, value in record.items() if key != "step" and value is not None}
         self.run.accelerator.log(values, step=step)
         return bool(skipped)
+
+    def _say_line(self, record: dict[str, Any]):
+        """Print a line on a record, if it is time for one."""
+        step, steps, now = record["step"], self.run.config.training.steps, time.perf_counter()
+        part, last_part = (LINES * one // steps for one in (step, self.line_step))
+        if part > last_part or now - self.line_time > LINE_SECONDS:
+            self.line_step, self.line_time = step, now
+            self.run.say(log_line(record, steps))
 
     def _count_skipped(self, finite: list[bool]) -> int:
         """Number of skipped steps since the last log step, from whether the losses are finite."""
@@ -148,6 +171,20 @@ class Progress:
         records = [record for record in read_history(self.history_file, self.run.say) if record["step"] <= step]
         with writing(self.history_file):
             write_json_lines(self.history_file, records)
+
+
+def log_line(record: dict[str, Any], steps: int) -> str:
+    """A record of the history in words.
+
+    Args:
+        record: a record of `Progress`.
+        steps: steps of the run.
+    """
+    values = {name: record[name] for name in ("loss", "gradient_norm", "learning_rate")}
+    shown = {name: "not finite" if value is None else f"{value:.4g}" for name, value in values.items()}
+    left = f"{duration_text(record['seconds_left'])} left" if record["step"] < steps else "done"
+    parts = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
+    return f"step {record['step']}/{steps}: {', '.join([*parts, measured_text(record), left])}"
 
 
 def read_history(file: Path, say: Callable[[str], Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import yaml
 from improved_ldm.bounds import Count, Place, Sides
 from improved_ldm.conditioning.guidance import rescaled_guidance_scale
 from improved_ldm.diffusion.objectives import Objective
-from improved_ldm.lineage import conditions_lines, lineage_record, read_lineage
+from improved_ldm.lineage import conditions_lines, lineage_record, read_control_seen, read_lineage
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.positions import PositionTransfer
 from improved_ldm.naming import naming_part
@@ -113,6 +113,11 @@ class Stage:
         if not self.has_begun or not (self.folder / "metrics.json").exists():
             return False
         return on_main_process(self._newest_step) >= self.config.training.steps
+
+    def control_seen(self) -> dict[str, Any] | None:
+        """The ranges of the control that the weights it starts from were trained with; None if they are not known."""
+        source = self.config.denoiser.pretrained if self.previous is None else self.previous.output_dir
+        return {} if source is None else read_control_seen(Path(source))
 
     def _newest_step(self) -> int:
         return newest_whole(self.folder / "checkpoints", say=lambda _: None) or 0

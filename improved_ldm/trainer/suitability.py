@@ -20,6 +20,7 @@ from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.checkpoints import checkpoint_steps
 from improved_ldm.trainer.config import AdapterRunConfig, SharedConfig
 from improved_ldm.trainer.data import run_buckets
+from improved_ldm.trainer.grids import RECONSTRUCTIONS, save_reconstructions
 from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
 
@@ -108,6 +109,15 @@ def check_networks(
 def _has_begun(config: SharedConfig) -> bool:
     """Whether the networks of a stage were measured before its first checkpoint."""
     return bool(checkpoint_steps(Path(config.output_dir) / "checkpoints"))
+
+
+def show_reconstructions(run: Run, reconstructions: Reconstructions | None):
+    """Save a strip of images and their reconstructions in the folder of a run or stage, on the main process."""
+    if reconstructions is None or not run.accelerator.is_main_process:
+        return
+    file = run.folder / RECONSTRUCTIONS
+    save_reconstructions(reconstructions.images, reconstructions.decoded, file)
+    run.say(f"{file}: images, and what the autoencoder keeps of them; PSNR {reconstructions.mean_psnr():.1f} dB")
 
 
 def measure_suitability(config: SharedConfig, mixture: Mixture, encoder: SampleEncoder) -> Suitability:

@@ -83,6 +83,10 @@ class Task(ABC):
             images: random numbers of its images.
         """
 
+    def flops_per_image(self, run: Run) -> float | None:
+        """Floating-point operations of a training step per image; None if they are not known."""
+        return None
+
     def random_choices(self, run: Run, images: ImageRandomness) -> dict[str, torch.Tensor]:
         """What is chosen at random for the images of a batch, for the file of the first skipped step."""
         return {}

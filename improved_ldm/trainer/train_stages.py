@@ -4,10 +4,12 @@ import time
 from dataclasses import replace
 
 from improved_ldm.autoencoder import spatial_factor
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.naming import naming_part
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import default_size_of
+from improved_ldm.trainer.adapters import set_trained
 from improved_ldm.trainer.batches import open_batches
 from improved_ldm.trainer.checks import check_models
 from improved_ldm.trainer.components import build_denoiser, build_objective, load_autoencoder
@@ -21,7 +23,7 @@ from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.run import start_run
 from improved_ldm.trainer.semantic import SEMANTICS, Semantic, load_encoders, use_encoder
 from improved_ldm.trainer.stages import Stage, check_stages, iterate_stages, list_stages
-from improved_ldm.trainer.suitability import check_networks
+from improved_ldm.trainer.suitability import check_networks, show_reconstructions
 from improved_ldm.trainer.switch import list_switches
 from improved_ldm.trainer.validation import open_validation
 
@@ -50,7 +52,7 @@ def train_stages(config: RunConfig, condition: Condition):
     stages = [replace(stage, conditions=switch) for stage, switch in zip(stages, switches, strict=True)]
     factor = spatial_factor(vae)
     check_stages(stages, denoiser, factor)
-    check_networks(first_run, [stage.config for stage in stages], data, encoders)
+    reconstructions = check_networks(first_run, [stage.config for stage in stages], data, encoders)
 
     # The training: one stage after the other, each in the loop that all scripts share.
     for stage, run, start in iterate_stages(stages, first_run, denoiser, objective, config, factor):
@@ -67,13 +69,16 @@ def train_stages(config: RunConfig, condition: Condition):
             guidance_options=config.sampling.guidance_options or None,
             lineage=list(stage.lineage) or None,
         )
-        push = pipeline_pusher(run, pipeline)  # before the data is encoded, which can take hours
+        pipeline.set_progress_bar_config(disable=True)  # samples have a bar of their own
+        show_reconstructions(run, reconstructions[stage.number])
+        seen = ControlRanges(stage.control_seen())
+        push = pipeline_pusher(run, pipeline, seen)  # before the data is encoded, which can take hours
         grid_rows = semantic.grid_rows(encoder, look)
         validation = open_validation(run, held_out[stage.number], start, encoder, pipeline)
-        batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs)
-        sample = grid_sampler(run, pipeline, grid_rows)
+        batches = open_batches(run, data[stage.number], encoder, start.model.control_inputs, seen)
+        sample = grid_sampler(run, pipeline, grid_rows, seen)
         hooks = [Hook(run.config.sampling.every, sample), Hook(run.config.hub.push_every, push)]
-        pipeline.denoiser = train(run, start, batches, hooks, validation)
+        set_trained(pipeline, train(run, start, batches, hooks, validation), seen)
         finish(run, pipeline, grid_rows, started)
         started = time.perf_counter()
     first_run.accelerator.end_training()

@@ -7,7 +7,7 @@ import pytest
 from improved_ldm.models.family import DENOISERS
 
 ROOT = Path(__file__).parents[2]
-NUM_IMAGES = 96
+NUM_IMAGES, NUM_HELD_OUT = 96, 40
 TRANSFORMER = "hidden_size: 48, num_layers: 2, num_attention_heads: 2"
 UNET = (
     "block_out_channels: [16, 32], down_block_types: [DownBlock2D, CrossAttnDownBlock2D], "
@@ -36,6 +36,17 @@ def images(tmp_path_factory) -> Path:
     rows = datasets.Dataset.from_parquet(str(embedded), cache_dir=str(folder / "cache"))
     rows.select(range(NUM_IMAGES)).to_parquet(folder / "train.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def split_images(tmp_path_factory) -> Path:
+    """A folder of parquet files with the splits train and test."""
+    folder, embedded = tmp_path_factory.mktemp("split"), ROOT / "improved_ldm" / "assets" / "fashion-mnist"
+    for split, count in {"train": NUM_IMAGES, "test": NUM_HELD_OUT}.items():
+        rows = datasets.Dataset.from_parquet(str(embedded / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+        (folder / "set").mkdir(exist_ok=True)
+        rows.select(range(count)).to_parquet(folder / "set" / f"{split}.parquet")
+    return folder / "set"
 
 
 def make_arguments(images: Path, output: Path, **overrides) -> list[str]:

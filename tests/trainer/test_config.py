@@ -3,6 +3,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from pydantic import BaseModel
 
 from improved_ldm.settings import ConfigError, Section, parse_config, parse_config_or_exit
@@ -172,3 +173,16 @@ def test_both_sides_divide_into_patches(autoencoder, resolution):
     message = f"`transform.resolution` is {resolution[0]}x{resolution[1]}; both sides must be multiples of 8 pixels"
     with pytest.raises(ValueError, match=message):
         build_denoiser(config, autoencoder, num_classes=3)
+
+
+@pytest.mark.parametrize("name", get_available_trackers())
+def test_installed_trackers_are_accepted(name):
+    config = parse_config(RunConfig, ["--training.trackers", f"[{name}]"])
+    assert config.training.trackers == (str(name),)
+
+
+def test_trackers_that_do_not_exist_or_are_not_installed_are_refused():
+    missing = next(name for name in LOGGER_TYPE_TO_CLASS if name not in map(str, get_available_trackers()))
+    for name, message in ((missing, "which is not installed"), ("board", "it may have")):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(RunConfig, ["--training.trackers", f"[{name}]"])

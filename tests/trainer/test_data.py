@@ -91,6 +91,10 @@ def test_stages_keep_their_buckets(arguments, sets, tmp_path, capsys):
         ({"transform.max_aspect": 0.5}, "greater than or equal to 1"),
         ({"transform.bucket_step": 12}, "`transform.bucket_step` is 12; it must divide `transform.resolution`"),
         ({"transform.bucket_step": 4}, "`transform.bucket_step` is 4; it must be a multiple of 8 pixels"),
+        (
+            {"transform.bucket_step": "null"},
+            "`transform.bucket_step` is 2 by default; it must be a multiple of 8 pixels",
+        ),
         ({"transform.bucket_step": 32}, "leave no other size than the square"),
         ({"transform.resolution": "[32, 48]"}, "must be one number"),
         ({"data.min_size": 500}, r"no image that can be read and is used \(\d+: shorter side below 500 pixels\)"),

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from improved_ldm.trainer.meter import MEASURED
 from tests.data.test_indexed import write_folder
 from tests.trainer.conftest import OPTIONS, load_script
 from tests.trainer.test_runs import launch
@@ -142,7 +143,7 @@ def run(words: list[str], script: str, processes: int):
 def history(folder: Path) -> list[dict[str, float]]:
     """The records of a run without values that depend on the time."""
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
 def assert_same_run(one: Path, other: Path):

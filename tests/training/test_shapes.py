@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import reproduce
-from improved_ldm.trainer.config import RunConfig
 from reproduction.shapes import aspect_error, real_shapes, touches_border
+from reproduction.tables import load_tables
 from tests.trainer.conftest import ROOT
 
 SIDES = st.integers(20, 60)
@@ -45,14 +45,15 @@ def test_specks_are_no_drawing():
     assert not touches_border(image)
 
 
-def test_whole_test_images_have_the_recorded_measures():
-    record = json.loads((ROOT / "training/results/buckets/cpu.json").read_text(encoding="utf-8"))["measured_with"]
-    config = RunConfig(data={"source": str(ROOT / "training/data/stamps")}, transform={"resolution": 48})
+def test_whole_training_images_have_the_recorded_measures():
+    record = json.loads((ROOT / "training/results/other_shapes/cpu.json").read_text(encoding="utf-8"))["measured_with"]
+    config = load_tables()["other_shapes"].run_config("buckets", "cpu", [f"--data.source={ROOT}/training/data/stamps"])
     assert real_shapes(config) == pytest.approx(record["real"])
 
 
 @pytest.mark.slow
-def test_the_table_on_buckets_is_measured_and_drawn(tmp_path):
+@pytest.mark.parametrize("table", ["buckets", "other_shapes"])
+def test_the_tables_on_shapes_are_measured_and_drawn(tmp_path, table):
     tiny = {
         "training.steps": 2,
         "cache.passes": 0,
@@ -61,11 +62,15 @@ def test_the_table_on_buckets_is_measured_and_drawn(tmp_path):
         "evaluation.num_detail_samples": 2,
     }
     folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    reproduce.main(["buckets", *folders, "--seeds", "0", *(f"--{key}={value}" for key, value in tiny.items())])
-    folder = tmp_path / "results" / "buckets"
+    reproduce.main([table, *folders, "--seeds", "0", *(f"--{key}={value}" for key, value in tiny.items())])
+    folder = tmp_path / "results" / table
     record = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
-    cut_away = {name: values["cut_away"]["mean"] for name, values in record["settings"].items()}
-    assert 0 < cut_away["buckets"] < cut_away["square crops"] < 1
-    assert record["measured_with"]["samples"] == 8
-    assert (folder / record["picture"]).is_file()
-    assert "The same of whole test images" in (folder / "cpu.md").read_text(encoding="utf-8")
+    page = (folder / "cpu.md").read_text(encoding="utf-8")
+    if table == "buckets":
+        cut_away = {name: values["cut_away"]["mean"] for name, values in record["settings"].items()}
+        assert 0 < cut_away["buckets"] < cut_away["square crops"] < 1
+        assert "samples per run" not in page
+    else:
+        assert record["measured_with"]["samples"] == 8
+        assert (folder / record["picture"]).is_file()
+        assert "The same of whole training images" in page

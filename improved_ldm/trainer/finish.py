@@ -19,7 +19,7 @@ from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
 from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.run_record import run_record, say_what_was_skipped, time_and_memory
-from improved_ldm.trainer.summary import summary_lines
+from improved_ldm.trainer.summary import judged_rows, summary_lines
 from improved_ldm.trainer.validation import held_out_at, read_validation
 
 SAMPLES, CONTROL = "samples.png", "control.png"
@@ -61,7 +61,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     write(folder, pipeline, config, metrics, grid_rows[0], picture and picture.name)
     write_json(folder / "metrics.json", metrics)  # last, because it marks the run as finished
     say_what_was_skipped(run, metrics)
-    run.say("\n".join(["", *summary_lines(metrics, history)]))
+    run.say("\n".join(["", *summary_lines(metrics, history, judged_rows(metrics))]))
     what = "adapter" if adapter else "pipeline"
     samples = f"{SAMPLES}, " * bool(picture)
     run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, loss.png and README.md. To use it:\n")

@@ -1,6 +1,5 @@
 """The run of a network around a denoiser: from its data to the trained network with its numbers."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from improved_ldm.trainer.pictures import track_picture
 from improved_ldm.trainer.reports import read_history
 from improved_ldm.trainer.run import Run, start_run
 from improved_ldm.trainer.run_record import run_record, say_what_was_skipped, time_and_memory
+from improved_ldm.trainer.summary import measured_rows, summary_lines
 
 BATCH_PIXELS = 2**18  # pixels that are measured at once, so that the memory for them has a bound
 STATISTICS_IMAGES = 2000  # images of the training that a network is finished with
@@ -143,6 +143,7 @@ def _finish(run: Run, task: NetworkTask, model: nn.Module, measured: Measured, m
     metrics |= time_and_memory(run, started)
     write_json(run.folder / "metrics.json", metrics)  # last, because it marks the run as finished
     say_what_was_skipped(run, record)
-    shown = ("measured_on", *measured.values, "seconds", "peak_memory_gb")
-    run.say(json.dumps({key: metrics[key] for key in shown}, indent=2))
-    run.say(f"{run.folder}/ holds the network, metrics.json and loss.png. To use it: {task.usage(run.folder)}")
+    run.say("\n".join(["", *summary_lines(metrics, history, measured_rows(measured_on, measured.values))]))
+    run.say(
+        f"\n{run.folder}/ holds the network, metrics.json and loss.png. To train with it: {task.usage(run.folder)}"
+    )

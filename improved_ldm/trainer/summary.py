@@ -1,6 +1,6 @@
 """What a run has come to, in words, for the end of its log."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from improved_ldm.evaluation.measures import judged_measure
@@ -9,14 +9,17 @@ from improved_ldm.trainer.bars import duration_text
 REAL = "real_"  # begins the name of the judge's result on real images
 
 
-def summary_lines(metrics: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
+def summary_lines(
+    metrics: dict[str, Any], history: list[dict[str, Any]], reached: Iterable[tuple[str, str]]
+) -> list[str]:
     """The lines of a summary.
 
     Args:
         metrics: content of `metrics.json`.
         history: records of `Progress`.
+        reached: names and values of what the model reaches.
     """
-    rows = [*_training_rows(metrics, history), *_judged_rows(metrics)]
+    rows = [*_training_rows(metrics, history), *reached]
     rows.append(("time and memory", f"{duration_text(metrics['seconds'])}, {metrics['peak_memory_gb']:.1f} GiB"))
     width = max(len(name) for name, _ in rows)
     return ["summary", *(f"    {name:<{width}}  {value}" for name, value in rows)]
@@ -36,7 +39,15 @@ def _training_rows(metrics: dict[str, Any], history: list[dict[str, Any]]) -> It
         yield "held-out loss", f"{live}, of the averaged weights {averaged}"
 
 
-def _judged_rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def measured_rows(measured_on: str, values: dict[str, float | None]) -> Iterator[tuple[str, str]]:
+    """The numbers of a network that is measured on images."""
+    yield "measured on", measured_on
+    for name, value in values.items():
+        if value is not None:
+            yield name.replace("_", " "), _number(value)
+
+
+def judged_rows(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The single numbers of the judge, each with its result on real images if there is one."""
     obedience, notes = metrics["obedience"], metrics["notes"]
     for name, value in obedience.items():

@@ -145,10 +145,11 @@ def test_captions_without_labels_train_a_clip_pair(words, pictures, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_a_judge_learns_classes_and_which_way_images_face(words, tmp_path):
-    run("judge", words("judge", **{"training.steps": 120, "training.checkpoint_every": 120}))
+def test_a_judge_learns_classes_and_which_way_images_face(words, pictures, tmp_path):
+    settings = {"data.source": pictures / "train.parquet", "training.steps": 80, "training.checkpoint_every": 80}
+    run("judge", words("judge", **settings))
     record = metrics(tmp_path / "run")
-    assert record["class_accuracy"] > 0.2 and record["orientation_accuracy"] > 0.6
+    assert record["class_accuracy"] > 0.4 and record["orientation_accuracy"] > 0.7
     judge = Judge.from_pretrained(tmp_path / "run")
     assert judge.config.one_sided == [5, 7, 9] and judge.config.sample_size == 16
 

@@ -1,3 +1,4 @@
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -10,7 +11,6 @@ from improved_ldm.settings import ConfigError, Section, parse_config, parse_conf
 from improved_ldm.trainer.components import build_denoiser
 from improved_ldm.trainer.config import AdapterRunConfig, RunConfig
 from improved_ldm.trainer.same_run import check_same_run
-from tests.trainer.conftest import load_script
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -101,7 +101,7 @@ SCRIPTS = (
 
 def config_class(script: str) -> type[Section]:
     """The configuration class of a script."""
-    module = load_script(script)
+    module = import_module(f"training.{script}")
     names = ("Config", "RunConfig", "AdapterRunConfig", "EvaluateConfig")
     return next(getattr(module, name) for name in names if hasattr(module, name))
 

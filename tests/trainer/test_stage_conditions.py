@@ -113,7 +113,7 @@ def test_what_is_kept_and_what_begins_anew_is_listed_once(whole):
     assert parts["dropped"] == sum(value.numel() for name, value in old.items() if name not in new)
     assert set(record["parameters"]["new"]) == {"trunk.text_projection", "trunk.null_text"}
     assert set(record["parameters"]["dropped"]) == {"trunk.class_tokens"}
-    start = whole.starts[1].denoiser.state_dict()
+    start = whole.starts[1].model.state_dict()
     fresh = {name for name in new if name not in old}
     zero = {name: start[name].numel() for name in fresh if not start[name].any()}
     assert parts["new"] == sum(new[name].numel() for name in fresh) and parts["zero"] == sum(zero.values()) > 0
@@ -126,7 +126,7 @@ def test_a_stage_starts_with_the_prediction_of_change_conditions(whole):
     end = checkpoint_path(whole.folder / "stage-1-32" / "checkpoints", 3)
     low.load_state_dict(read_weights(end / "model.safetensors"))
     expected, changes = change_conditions(low, text_dim=96)
-    begun = whole.starts[1].denoiser
+    begun = whole.starts[1].model
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 96, generator=generator)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_moments_and_averages_follow_their_weights(whole):
     moments = {names[place]: values for place, values in start.optimizer_state["state"].items()}
     assert moments and moments.keys() == old.keys() & set(names)
     assert all(torch.equal(values["exp_avg"], old[name]["exp_avg"]) for name, values in moments.items())
-    weights = start.denoiser.state_dict()
+    weights = start.model.state_dict()
     averages, average = read_weights(end / "ema.safetensors"), start.averaged.state_dict()
     assert all(torch.equal(average[name], averages[name]) for name in moments)
     fresh = set(names) - moments.keys()
@@ -259,7 +259,7 @@ def test_classes_of_another_set_are_matched_by_name(arguments, tmp_path, fewer):
     rows = read_weights(end / "model.safetensors")["trunk.class_tokens.weight"]
     names = DiffusionPipeline.from_pretrained(tmp_path / "run" / "stage-1-32").config.class_names
     kept = torch.tensor([*map(names.index, FEWER), 10])  # the last row is the null
-    assert torch.equal(second.denoiser.state_dict()["trunk.class_tokens.weight"], rows[kept])
+    assert torch.equal(second.model.state_dict()["trunk.class_tokens.weight"], rows[kept])
     assert "classes: 3 matched, 0 new, 7 dropped" in printed
 
 

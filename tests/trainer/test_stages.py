@@ -168,7 +168,7 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     assert start.optimizer_state["state"]
     kept, average = start.averaged.state_dict(), low.state_dict()
     assert all(torch.equal(kept[name], average[name]) for name in average if name != "positions")
-    raw = start.denoiser.state_dict()
+    raw = start.model.state_dict()
     assert any(not torch.equal(raw[name], kept[name]) for name in kept)
 
 

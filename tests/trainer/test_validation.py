@@ -197,6 +197,7 @@ def test_every_kind_of_set(held_out, split_images, tmp_path, layout):
     if layout == "classes":
         script = "train_class_conditional"
     elif layout == "folder in buckets":
+        (tmp_path / "set").mkdir()
         write_folder(tmp_path / "set" / "train", 24)
         write_folder(tmp_path / "set" / "test", 9)
         options, expected = {"data.source": tmp_path / "set", **BUCKETS}, 9

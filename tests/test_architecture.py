@@ -52,7 +52,7 @@ NAMES_CONTROL = {
     "data/transforms.py",  # the measuring
     "evaluation/obedience.py",  # the tests
     "pipeline.py",  # the signature
-    "train_clip.py",  # an argument of an image processor
+    "trainer/clip_model.py",  # an argument of an image processor
 }
 
 

@@ -6,8 +6,10 @@ Usage: python training/benchmark.py --peers [--backbones dit unet …] [--device
 `--peers` compares each denoiser, with `published` conditioning, with diffusers' class for the same backbone: the same
 widths and inputs, random weights, float32, eager.
 
-`--data` makes samples of 224 × 224 pixels from images of 512 × 512 pixels in memory and compares `read_image` with the
-`Image` feature of `datasets`, which decodes at full size; the transform is the same. Times are processor times.
+`--data` makes samples of 224 × 224 pixels, numbers in [-1, 1], from images of 512 × 512 pixels in memory with
+`read_image` and our transform, and compares them with two ways that decode at full size, with the `Image` feature of
+`datasets`. `diffusers_example` then scales with Pillow's bicubic filter and makes tensors with torchvision, as
+diffusers' example for text to image does; `image_feature` uses our transform. Times are processor times.
 
 Every ratio is that of ours to theirs; below 1 is better.
 """
@@ -25,13 +27,15 @@ import diffusers
 import numpy as np
 import PIL
 import torch
+import torchvision
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torchvision import transforms
 
 from improved_ldm.data.images import read_image
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.exits import ArgumentParser, exit_on_error
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.models.family import make_denoiser
@@ -46,7 +50,17 @@ CONDITIONS = {  # what each backbone reads as published
     "mmdit": {"text_dim": TEXT_DIM, "pooled_dim": TEXT_DIM},
     "unet": {"text_dim": TEXT_DIM, "pooled_dim": TEXT_DIM},
 }
+LIBRARIES = (torch, torchvision, diffusers, datasets, PIL)
 STORED_SIDE, SAMPLE_SIDE = 512, 224  # pixels
+DIFFUSERS_EXAMPLE = transforms.Compose(
+    [
+        transforms.Resize(SAMPLE_SIDE, transforms.InterpolationMode.BICUBIC),
+        transforms.RandomCrop(SAMPLE_SIDE),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5], [0.5]),
+    ]
+)
 FORMATS = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}, "PNG": {}}  # with the arguments of the encoder
 
 
@@ -234,7 +248,7 @@ def make_image(seed: int) -> Image.Image:
 
 
 def compare_decoding(file_format: str, count: int, rounds: int) -> dict[str, Any]:
-    """Compare the making of samples with that from the `Image` feature of `datasets`.
+    """Compare the making of samples with two ways that start from the `Image` feature of `datasets`.
 
     Args:
         file_format: a key of `FORMATS`.
@@ -242,7 +256,8 @@ def compare_decoding(file_format: str, count: int, rounds: int) -> dict[str, Any
         rounds: timed calls of each.
 
     Returns:
-        `time` from `time_pair`, and `ours_per_second` and `theirs_per_second`: images per second of processor time.
+        Times from `time_pair` against `diffusers_example` and `image_feature`, as this script describes them, and
+        images per second of processor time: `ours_per_second` and the same of both.
     """
     files = []
     for seed in range(count):
@@ -251,18 +266,27 @@ def compare_decoding(file_format: str, count: int, rounds: int) -> dict[str, Any
     transform = ImageTransform(SAMPLE_SIDE, crop_position="random", flip_probability=0.5)
     feature = datasets.Image()
 
+    def decoded(encoded):
+        return feature.decode_example({"bytes": encoded, "path": None}).convert("RGB")
+
     def ours():
         for seed, encoded in enumerate(files):
             image, size = read_image(encoded, transform.decode_size)
-            transform(image, Random(seed), size)
+            pixel_values(transform(image, Random(seed), size)[0])
 
-    def theirs():
+    def diffusers_example():
+        for encoded in files:
+            DIFFUSERS_EXAMPLE(decoded(encoded))
+
+    def image_feature():
         for seed, encoded in enumerate(files):
-            transform(feature.decode_example({"bytes": encoded, "path": None}).convert("RGB"), Random(seed))
+            pixel_values(transform(decoded(encoded), Random(seed))[0])
 
-    times = time_pair(ours, theirs, rounds, torch.device("cpu"))
-    rates = {f"{side}_per_second": 1000 * count / times[f"{side}_ms"] for side in ("ours", "theirs")}
-    return {"format": file_format, "time": times, **rates}
+    others = (diffusers_example, image_feature)
+    times = {other.__name__: time_pair(ours, other, rounds, torch.device("cpu")) for other in others}
+    rates = {"ours_per_second": 1000 * count / times["diffusers_example"]["ours_ms"]}
+    rates |= {f"{name}_per_second": 1000 * count / time["theirs_ms"] for name, time in times.items()}
+    return {"format": file_format, **times, **rates}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -283,7 +307,7 @@ def main(argv: list[str] | None = None):
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--peers", action="store_true", help="compare with diffusers' class for the same backbone")
-    mode.add_argument("--data", action="store_true", help="compare with the `Image` feature of datasets")
+    mode.add_argument("--data", action="store_true", help="compare with diffusers' example and datasets' images")
     parser.add_argument("--backbones", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--batch-size", type=int, default=8, help="latents or images per timed call")
@@ -303,7 +327,7 @@ def main(argv: list[str] | None = None):
         report = {
             "device": device_name(device),
             "threads": arguments.threads,
-            "versions": {library.__name__: library.__version__ for library in (torch, diffusers, datasets, PIL)},
+            "versions": {library.__name__: library.__version__ for library in LIBRARIES},
             "size": {"stored": STORED_SIDE, "sample": SAMPLE_SIDE} if arguments.data else SIZE,
             "batch_size": arguments.batch_size,
             "rounds": arguments.rounds,

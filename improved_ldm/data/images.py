@@ -23,6 +23,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SWAPS_SIDES = (5, 6, 7, 8)
+JPEG_FACTORS = (1, 2, 4, 8)  # by which PIL can decode a JPEG image smaller; sides are rounded up
 
 
 def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, tuple]:
@@ -31,7 +32,7 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
     Args:
         stored: the encoded bytes, or a dict with `bytes` or the `path` of a file.
         min_size: smallest (height, width), pixels. A JPEG image is decoded at the smallest scale of 1, 1/2, 1/4 or
-            1/8 that is not below it on either side, which is up to twice as fast; None decodes at full size.
+            1/8 that is not below it on either side, which is faster; None decodes at full size.
 
     Returns:
         image: RGB, upright, with transparent parts on white.
@@ -44,9 +45,21 @@ def read_image(stored: dict[str, Any] | bytes, min_size: tuple[int, int] | None 
     orientation = _orientation(image)
     width, height = image.size[::-1] if orientation in SWAPS_SIDES else image.size
     if is_jpeg and min_size is not None:
-        image.draft(None, min_size if orientation in SWAPS_SIDES else min_size[::-1])
+        factor = _jpeg_factor((height, width), min_size, is_turned=orientation in TURNS)
+        image.draft(None, (image.width // factor, image.height // factor))
     image = _to_rgb(image)
     return (image.transpose(TURNS[orientation]) if orientation in TURNS else image), (height, width)
+
+
+def _jpeg_factor(size: tuple[int, int], min_size: tuple[int, int], is_turned: bool) -> int:
+    """The largest factor at which a JPEG image of `size` is not smaller than `min_size`, both (height, width).
+
+    The last pixels of an image that is decoded smaller may be partly beyond it. If the image is turned, they may be
+    the first and move all others, so its sides must be multiples of the factor.
+    """
+    room = min(side // smallest for side, smallest in zip(size, min_size, strict=True))
+    fits = [factor for factor in JPEG_FACTORS if not is_turned or all(side % factor == 0 for side in size)]
+    return max(factor for factor in fits if factor <= max(room, 1))
 
 
 def encoded_image(stored: dict[str, Any] | bytes) -> bytes:

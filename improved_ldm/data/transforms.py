@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageStat
+from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm.conditioning.control import Control
 from improved_ldm.conditioning.values import (
@@ -21,11 +22,11 @@ from improved_ldm.conditioning.values import (
     read_size,
     refuse,
 )
+from improved_ldm.data.images import JPEG_FACTORS
+from improved_ldm.data.resize import resized
 from improved_ldm.resolution import Resolution, side_of, sides_of
 
-# Antialiased when reducing, like all filters of PIL, and the usual filter for FID (clean-fid). It rings less than
-# Lanczos on drawings and line art.
-RESAMPLING = Image.Resampling.BICUBIC
+TRANSFORM_VERSION = 2  # of the crops and pixels that a transform makes from an image and a random number generator
 
 CropPolicy = Literal["resize_then_crop", "crop_then_resize", "crop_at_target_scale"]
 CropPosition = Literal["random", "centre"]
@@ -33,46 +34,55 @@ UNKNOWN_SHARE = 0.1  # probability that a measured value is unknown, so that a m
 MIN_CROP = 1e-6  # smallest crop, as a fraction of an image; less can only be a mistake
 
 
-def render(image: Image.Image, control: Control) -> Image.Image:
+def render(image: Image.Image, control: Control) -> torch.Tensor:
     """Make the sample that a control record describes.
 
     An image that is larger than `original_size` is reduced to it, then cropped, scaled and mirrored. An image that is
     smaller, because it was decoded at a reduced size, is cropped at the same place without being enlarged first.
 
     Args:
-        image: the image.
+        image: the image, RGB.
         control: the control record.
 
     Returns:
-        An image of `control.target_size`.
+        (3, height, width) uint8, of `control.target_size`.
 
     Source: our choice. A crop at whole pixels that has the target's size is copied, not resampled.
     """
     height, width = control.original_size
     if image.height > height or image.width > width:
-        image = image.resize((round(width), round(height)), RESAMPLING)
-    image = _crop_and_scale(image, control)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if control.flip else image
+        image = Image.fromarray(resized(image, (round(height), round(width))))
+    sample = _crop_and_scale(image, control)
+    return to_pixels(sample[:, ::-1] if control.flip else sample)
 
 
-def _crop_and_scale(image: Image.Image, control: Control) -> Image.Image:
+def _crop_and_scale(image: Image.Image, control: Control) -> np.ndarray:
     """Crop to the smallest box of whole pixels first, so that the filter reads no pixel outside it."""
-    top, bottom = _span(control, axis=0, pixels=image.height)
-    left, right = _span(control, axis=1, pixels=image.width)
+    (top, bottom), (left, right) = _spans(control, (image.height, image.width))
     x, y = math.floor(left), math.floor(top)
     outer = (x, y, math.ceil(right), math.ceil(bottom))
     if outer != (0, 0, *image.size):
         image = image.crop(outer)
-    size = (control.target_size[1], control.target_size[0])
-    box = (left - x, top - y, right - x, bottom - y)
-    return image if image.size == size and box == (0, 0, *size) else image.resize(size, RESAMPLING, box)
+    return resized(image, control.target_size, (left - x, top - y, right - x, bottom - y))
 
 
-def _span(control: Control, axis: int, pixels: int) -> tuple[float, float]:
-    """Where the crop starts and ends along an axis of an image that is `pixels` long."""
-    scale = pixels / control.original_size[axis]
-    start = control.crops_coords_top_left[axis] * scale
-    return start, min(start + control.crop_size[axis] * scale, pixels)
+def _spans(control: Control, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Where the crop starts and ends along each axis of an image of `size`, (height, width) in pixels."""
+    scales = _scales(control.original_size, size)
+    starts = [start * scale for start, scale in zip(control.crops_coords_top_left, scales, strict=True)]
+    extents = [extent * scale for extent, scale in zip(control.crop_size, scales, strict=True)]
+    return [(a, min(a + extent, side)) for a, extent, side in zip(starts, extents, size, strict=True)]
+
+
+def _scales(original: tuple[float, float], size: tuple[int, int]) -> tuple[float, float]:
+    """Pixels of an image of `size` per pixel of its original, along each axis.
+
+    An image that was decoded smaller may end with pixels that are partly beyond its original.
+    """
+    for factor in JPEG_FACTORS:
+        if size == tuple(math.ceil(side / factor) for side in original):
+            return 1 / factor, 1 / factor
+    return size[0] / original[0], size[1] / original[1]
 
 
 def colour_statistics(image: Image.Image) -> tuple[float, ...]:
@@ -85,8 +95,8 @@ def colour_statistics(image: Image.Image) -> tuple[float, ...]:
 MEASURES: dict[str, Callable[[Image.Image], Any]] = {"colour": colour_statistics}
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image as a (3, height, width) uint8 tensor."""
+def to_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
+    """An RGB image, or its values (height, width, 3), as a (3, height, width) uint8 tensor."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
@@ -227,12 +237,13 @@ class ImageTransform:
             control: the record; `render` makes the same pixels from it.
         """
         control = self.sample_control(image_size or (image.height, image.width), rng)
-        sample = render(image, control)
+        pixels = render(image, control)
         if self.measured:
-            control = replace(control, **self._measure(sample, rng))
-        return to_pixels(sample), control
+            control = replace(control, **self._measure(pixels, rng))
+        return pixels, control
 
-    def _measure(self, sample: Image.Image, rng: Random) -> dict[str, Any]:
+    def _measure(self, pixels: torch.Tensor, rng: Random) -> dict[str, Any]:
+        sample = to_pil_image(pixels)
         return {
             name: None if rng.random() < UNKNOWN_SHARE else MEASURES[name](sample) for name in sorted(self.measured)
         }
@@ -246,18 +257,28 @@ class ImageTransform:
         return tuple(max(1, round(side * scale)) for side in image_size)
 
     def _resize_then_crop(self, size: tuple[int, int], rng: Random) -> tuple[tuple, tuple]:
-        """The corner is at a whole pixel of the scaled image, as if the image were scaled first and then cropped."""
         scale = min(side / target for side, target in zip(size, self._scaled_to, strict=True))
-        slack = [math.floor(side / scale - target + 1e-9) for side, target in zip(size, self.sample_size, strict=True)]
-        corner = tuple(self._place(free, rng) * scale for free in slack)
-        return corner, tuple(target * scale for target in self.sample_size)
+        extent = tuple(target * scale for target in self.sample_size)
+        return self._corner(size, extent, scale, rng), extent
 
     def _crop_then_resize(self, size: tuple[int, int], rng: Random) -> tuple[tuple, tuple]:
         scale = min(side / target for side, target in zip(size, self.sample_size, strict=True))
         if rng.random() < self.crop_probability:
             scale *= rng.uniform(self.min_crop, 1)
         extent = tuple(max(1, round(target * scale)) for target in self.sample_size)
-        return tuple(self._place(side - length, rng) for side, length in zip(size, extent, strict=True)), extent
+        return self._corner(size, extent, scale, rng), extent
+
+    def _corner(
+        self, size: tuple[int, int], extent: tuple[float, float], scale: float, rng: Random
+    ) -> tuple[int, ...]:
+        """The corner of a crop, at a multiple of the largest power of two that is at most `scale`.
+
+        It is thus at a whole pixel, even of an image that was decoded smaller, as far as `decode_size` allows. Two
+        neighbouring places are at most a pixel of the sample apart, or a pixel of the image if it is enlarged.
+        """
+        step = 2 ** max(0, math.floor(math.log2(scale)))
+        free = [math.floor((side - length) / step + 1e-9) for side, length in zip(size, extent, strict=True)]
+        return tuple(step * self._place(places, rng) for places in free)
 
     def _place(self, free: int, rng: Random) -> int:
         return free // 2 if self.crop_position == "centre" else rng.randint(0, free)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from improved_ldm.conditioning.control import SHOWN_CORNERS, SHOWN_EXTENT, Control, crop_arguments
-from improved_ldm.data.transforms import pixel_values, render, to_pixels
+from improved_ldm.data.transforms import pixel_values, render
 from improved_ldm.evaluation.networks import to_bytes
 
 
@@ -39,7 +39,7 @@ def cropped(pixels: torch.Tensor, crop: Crop) -> torch.Tensor:
     """Crop each image (images, 3, height, width) in [−1, 1] and scale the crop to the size of the image."""
     size = tuple(pixels.shape[2:])
     control = Control(size, *crop.controls(size).values(), size)
-    return pixel_values(torch.stack([to_pixels(render(to_pil_image(image), control)) for image in to_bytes(pixels)]))
+    return pixel_values(torch.stack([render(to_pil_image(image), control) for image in to_bytes(pixels)]))
 
 
 class CropProbe:

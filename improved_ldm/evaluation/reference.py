@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from improved_ldm.data.loader import make_pass
+from improved_ldm.data.resize import RESAMPLING
 from improved_ldm.data.sources import Rows, open_rows
-from improved_ldm.data.transforms import RESAMPLING, ImageTransform, pixel_values
+from improved_ldm.data.transforms import ImageTransform, pixel_values
 from improved_ldm.evaluation.processes import own_batches
 from improved_ldm.places import shareable_place
 

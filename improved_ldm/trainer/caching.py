@@ -27,7 +27,7 @@ from improved_ldm.data.latents import SampleEncoder
 from improved_ldm.data.loader import make_pass
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.tally import skipped_rows
-from improved_ldm.data.transforms import ImageTransform
+from improved_ldm.data.transforms import TRANSFORM_VERSION, ImageTransform
 from improved_ldm.naming import loading
 from improved_ldm.output import writing
 from improved_ldm.places import is_hub_id, resolve, shareable_place
@@ -63,6 +63,7 @@ def filled_cache(
     for key in ("accept_changes", "num_workers", "shuffle_window"):
         del parts["data"][key]  # these do not change the content
     parts |= {"passes": config.cache.passes, "dtype": config.cache.dtype, "order": "by seed"}
+    parts["samples"] = TRANSFORM_VERSION
     parts["encoded_in"] = [str(model.dtype) for model in (encoder.vae, encoder.text_encoder) if model is not None]
     places = [*config.data.places, resolve(config.autoencoder.pretrained)]
     if encoder.text_encoder is not None:

@@ -225,8 +225,9 @@ def test_a_trained_adapter_is_published_for_a_published_base(hub, clients, train
     )
     clients.call("execute", code="".join(printed[1:]))
     files = hub.repository("user/model").resolve("0.10").files
-    expected = {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "metrics.json", "samples.png"}
-    assert files.keys() == expected | {".gitattributes", "history.jsonl", "loss.png"}
+    expected = {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "metrics.json", "history.jsonl"}
+    pictures = {"samples.png", "reconstructions.png", "loss.png"}
+    assert files.keys() == expected | pictures | {".gitattributes"}
     card = ModelCard(hub.file("user/model", "0.10", "README.md").decode())
     assert card.data.base_model == "user/base"
     assert "| base | `user/base` |" in card.text and f'("{base}")' not in card.text

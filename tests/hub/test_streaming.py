@@ -165,8 +165,15 @@ def test_a_lasting_fault_ends_with_one_line(hub, dataset, streamed, fault, num_w
 def train(clients, arguments, tmp_path):  # noqa: F811
     """Trains from the Hub in its own process; returns the weights, or None if there are none, and the output."""
 
-    def run(output: str, code: int = 0, num_workers: int = 0, signal_at: threading.Event | None = None, **environment):
-        options = {"data.source": NAME, "cache.passes": 0, "data.shuffle_window": 12, "training.steps": 14}
+    def run(
+        output: str,
+        code: int = 0,
+        num_workers: int = 0,
+        signal_at: threading.Event | None = None,
+        steps: int = 14,
+        **environment: str,
+    ) -> tuple[bytes | None, str]:
+        options = {"data.source": NAME, "cache.passes": 0, "data.shuffle_window": 12, "training.steps": steps}
         argv = arguments(output, **options, **{"training.checkpoint_every": 5, "data.num_workers": num_workers})
         process = clients.start(TRAIN, *argv, **{**SHORT, **environment})
         if signal_at is not None:
@@ -180,26 +187,28 @@ def train(clients, arguments, tmp_path):  # noqa: F811
     return run
 
 
-def requests_of_shard_3(hub) -> int:
-    return sum(request.method == "GET" and "train-00003" in request.path for request in hub.log)
+def requests_of_shard_3(hub, train, output: str, **options) -> tuple[bytes, int]:
+    """The weights of a run, and how often it asks for the shard."""
+    before = len(hub.log)
+    weights, _ = train(output, **options)
+    asked = [request for request in hub.log[before:] if request.method == "GET" and "train-00003" in request.path]
+    return weights, len(asked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_goes_on_from_a_dead_hub_to_the_same_weights(hub, dataset, streamed, train, tmp_path, num_workers):
-    streamed(dataset)
-    of_first_look = requests_of_shard_3(hub)
-    whole, _ = train("whole", num_workers=num_workers)
-    of_run = requests_of_shard_3(hub) - of_first_look
-    assert of_run > of_first_look
+def test_training_goes_on_from_a_dead_hub_to_the_same_weights(hub, dataset, train, tmp_path, num_workers):
+    _, of_first_steps = requests_of_shard_3(hub, train, "short", num_workers=num_workers, steps=6)
+    whole, of_run = requests_of_shard_3(hub, train, "whole", num_workers=num_workers)
+    assert of_run > of_first_steps
     passing = [Fault("GET", SHARD_3, 503), Fault("GET", SHARD_3, body="cut", sent=300)]
-    hub.faults = [replace(fault, after=of_first_look) for fault in passing]
+    hub.faults = [replace(fault, after=of_first_steps) for fault in passing]
     recovered, output = train("recovered", num_workers=num_workers)
     assert recovered == whole and "try 1 of 4, next in 1 s" in output
 
     for body, status in (("stall", None), (None, 503)):
         folder = f"dead-{body}"
-        hub.faults = [Fault("GET", SHARD_3, status, times=99, after=of_run * 2 // 3, body=body, sent=300)]
+        hub.faults = [Fault("GET", SHARD_3, status, times=99, after=of_first_steps, body=body, sent=300)]
         weights, output = train(folder, code=1, num_workers=num_workers)
         assert weights is None and "Traceback" not in output
         assert output.strip().splitlines()[-1].startswith(f"not trained: {host(hub)} cannot be read (")
@@ -212,10 +221,9 @@ def test_training_goes_on_from_a_dead_hub_to_the_same_weights(hub, dataset, stre
 @pytest.mark.slow
 @pytest.mark.parametrize("body", ["stall", "silence"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ctrl_c_ends_a_run_that_waits_for_a_silent_hub(hub, dataset, streamed, train, body, num_workers):
-    streamed(dataset)
-    of_first_look = requests_of_shard_3(hub)
-    hub.faults = [Fault("GET", SHARD_3, times=99, after=of_first_look, body=body)]
+def test_ctrl_c_ends_a_run_that_waits_for_a_silent_hub(hub, dataset, train, body, num_workers):
+    _, of_first_steps = requests_of_shard_3(hub, train, "short", num_workers=num_workers, steps=6)
+    hub.faults = [Fault("GET", SHARD_3, times=99, after=of_first_steps, body=body)]
     output, seconds = interrupted(hub, train, num_workers)
     assert output.strip().splitlines()[-1].startswith("stopped after step ") and "Traceback" not in output
     assert seconds < 20
@@ -234,7 +242,7 @@ def test_ctrl_c_ends_a_run_before_its_first_step(hub, dataset, train, path):
 
 def interrupted(hub, train, num_workers: int = 0) -> tuple[str, float]:
     """Interrupt a run once the Hub stalls; returns its output and the seconds until it ended."""
-    began, patient = [], {"HF_HUB_DOWNLOAD_TIMEOUT": "30", "IMPROVED_LDM_RETRY_SECONDS": "600"}
+    began, patient = [], {"HF_HUB_DOWNLOAD_TIMEOUT": "10", "IMPROVED_LDM_RETRY_SECONDS": "600"}
     noted = threading.Thread(target=lambda: hub.stalled.wait(PATIENCE) and began.append(time.monotonic()))
     noted.start()
     _, output = train("run", code=1, num_workers=num_workers, signal_at=hub.stalled, **patient)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from improved_ldm.places import EXTENSIONS, kind_of, resolve
 
-EMBEDDED_SETS = ("embedded:fashion-mnist",)
+EMBEDDED_SETS = ("embedded:fashion-mnist", "embedded:emoji")
 # Names of the folders and files of a split, as on the Hub.
 SPLIT_WORDS = {
     "train": ("train", "training"),

@@ -28,6 +28,7 @@ EVALUATION_PART = re.compile(r"(?<=^## Evaluation\n\n).*?(?=\n\n## |\Z)", re.DOT
 # Licences of the embedded data and models. Other data sets, autoencoders and text encoders state their own.
 LICENCES = {
     "embedded:fashion-mnist": "MIT, Copyright 2017 Zalando SE",
+    "embedded:emoji": "MIT, Copyright Microsoft Corporation, and Apache-2.0, Google",
     "embedded:autoencoder": "Apache-2.0",
     "embedded:clip": "Apache-2.0",
 }

@@ -2,8 +2,8 @@
 
 Usage: python training/measure_emoji.py [--pipeline FOLDER] [--output FOLDER]
 
-Two judges, trained on the real images by `configs/networks/emoji_style_judge.yaml` and `emoji_thing_judge.yaml`, say which
-style and which thing a sample shows. Their accuracy on the real held-out images stands next to their findings.
+Two judges, trained on the real images by `configs/networks/emoji_style_judge.yaml` and `emoji_thing_judge.yaml`, say
+which style and which thing a sample shows. Their accuracy on the real held-out images stands next to their findings.
 """
 
 import sys

@@ -63,8 +63,8 @@ def open_rows(
 
     Args:
         source: `embedded:fashion-mnist` or `embedded:emoji`; a folder with parquet files, webdataset shards (.tar) or
-            images with side files, a table or class folders; a file, a glob or a list of such files; or a dataset id on
-            the Hub.
+            images with side files, a table or class folders; a file, a glob or a list of such files; or a dataset id
+            on the Hub.
         split: split of the set; see `local_files` for the splits of a folder.
         name: configuration of a Hub dataset that has several.
         image_column: column of encoded images.

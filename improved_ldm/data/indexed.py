@@ -15,8 +15,9 @@ from tqdm import tqdm
 from improved_ldm.data.buckets import Buckets, fill_lines, rare_lines
 from improved_ldm.data.order import BatchPlan, PlannedBatch
 from improved_ldm.data.rows import BadRowError, Row, Rows
+from improved_ldm.data.stored import Table
 from improved_ldm.data.stream import MAX_STAND_INS, reader_among
-from improved_ldm.data.tables import Table, cached_file
+from improved_ldm.data.tables import cached_file
 from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
 from improved_ldm.output import writing
 from improved_ldm.seeds import derive_seed

@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import torch
 
-from improved_ldm.data.rows import BadRowError, Row, Rows, StoredRow, stored_windows
+from improved_ldm.data.rows import BadRowError, Row, Rows
 from improved_ldm.data.shards import LOST
+from improved_ldm.data.stored import StoredRow, stored_windows
 from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
 from improved_ldm.seeds import derive_seed
 

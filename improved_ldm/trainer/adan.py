@@ -6,7 +6,7 @@ import torch
 from timm.optim import Adan
 from torch import nn
 
-from improved_ldm.trainer.config import OptimizerConfig
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 
 
 class SkippingAdan(Adan):

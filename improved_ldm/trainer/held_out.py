@@ -19,11 +19,11 @@ from improved_ldm.evaluation.processes import gather_batches
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.seeds import normal
 from improved_ldm.trainer.batches import encoder_of_run, image_transform, is_trained
-from improved_ldm.trainer.config import TextConfig
 from improved_ldm.trainer.data import run_buckets
 from improved_ldm.trainer.denoiser_task import batch_conditions
 from improved_ldm.trainer.randomness import PASS, ImageRandomness
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.sections import TextConfig
 
 LEVELS = 8  # timesteps of each image
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from improved_ldm.trainer.config import OptimizerConfig
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 
 MAX_SCALED_RATE = 0.1  # our choice; LDM's 1e-4, times its 1200 images, is above it
 

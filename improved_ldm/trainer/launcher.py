@@ -57,7 +57,8 @@ def _check_supported(training: LoopConfig | None):
         value = os.environ.get(variable, "")
         if value.lower() in ("", "no", "false", "0"):
             continue
-        instead = "; to compile, use `--training.compile true`" if training and option == "--dynamo_backend" else ""
+        compiles = option == "--dynamo_backend" and hasattr(training, "compile")  # the training of a denoiser can
+        instead = "; to compile, use `--training.compile true`" if compiles else ""
         raise ValueError(
             f"`accelerate launch` or `accelerate config` asks for `{option}` ({variable} is {value!r}), which is not "
             f"supported; leave it out{instead}."

@@ -21,6 +21,7 @@ from filelock import FileLock
 from improved_ldm.data.fingerprint import file_stamp
 from improved_ldm.data.formats import (
     batch_rows,
+    image_folder_row,
     parquet_batches,
     parquet_metadata,
     present_columns,
@@ -28,7 +29,7 @@ from improved_ldm.data.formats import (
     sample_offsets,
 )
 from improved_ldm.data.rows import BadRowError
-from improved_ldm.data.shards import NO_END_MARK, LostShardError, items_of_shard
+from improved_ldm.data.shards import NO_END_MARK, LostShardError, after_last_sample, items_of_shard
 from improved_ldm.data.stored import StoredRow, Table
 from improved_ldm.output import writing
 
@@ -48,7 +49,7 @@ class FolderTable(Table):
 
     def stored(self, number: int) -> StoredRow:
         path, values, place = self.entries[number]
-        return StoredRow({**values, self.image_column: {"path": path, "bytes": None}}, place, (0, number))
+        return StoredRow(image_folder_row(path, values, self.image_column), place, (0, number))
 
 
 class ShardTable(Table):
@@ -67,7 +68,7 @@ class ShardTable(Table):
         except LostShardError as error:
             self.lost[error.place_after(len(found))] = str(error)
         if found and found[-1] is None:
-            self.lost[f"{file}, all after its last sample"] = NO_END_MARK
+            self.lost[after_last_sample(file)] = NO_END_MARK
             found.pop()
         return np.array(found, dtype=np.int64)
 

@@ -12,8 +12,7 @@ from improved_ldm.conditioning.text import encode_prompts
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.rows import Rows
-from improved_ldm.data.spread import spread_rows
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.diffusion.objectives import Objective
 from improved_ldm.evaluation.processes import gather_batches
 from improved_ldm.models.denoiser import Denoiser
@@ -153,12 +152,9 @@ def _batches(run: Run, mixture: Mixture, denoiser: Denoiser) -> Iterator[dict[st
     for rows, share in zip(mixture.rows, mixture.shares, strict=True):
         count = max(1, round(config.validation.num_images * share))
         batch_size = min(config.training.batch_size, -(-count // processes))
-        yield from first_batches(spread(rows, count), transform, count, batch_size, run_buckets(config.transform))
-
-
-def spread(rows: Rows, count: int) -> Rows:
-    """Rows from all over a local set, whose classes may be sorted; others are read from their beginning."""
-    return rows if rows.is_remote or rows.row_filter.is_needed else spread_rows(rows, count)
+        yield from first_batches(
+            spread_if_possible(rows, count), transform, count, batch_size, run_buckets(config.transform)
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from improved_ldm.data.latents import EncodingLoader
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.mixture import Mixture
 from improved_ldm.data.prefetch import Prefetcher
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.naming import DATA_KEYS
 from improved_ldm.output import writing
@@ -23,7 +24,6 @@ from improved_ldm.trainer.batches import announce, image_transform, sample_loade
 from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.data import survey
 from improved_ldm.trainer.data_sections import ImageDataConfig
-from improved_ldm.trainer.held_out import spread
 from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut, open_apart
 from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
@@ -95,7 +95,7 @@ def whole_images(mixture: Mixture, count: int, size: int | tuple[int, int]) -> I
     transform, batch_size = ImageTransform(size), max(1, BATCH_PIXELS // math.prod(sides_of(size)))
     for rows, share in zip(mixture.rows, mixture.shares, strict=True):
         part = max(1, round(count * share))
-        yield from first_batches(spread(rows, part), transform, part, batch_size)
+        yield from first_batches(spread_if_possible(rows, part), transform, part, batch_size)
 
 
 def _say_measured_on(run: Run, held_out: HeldOut | None) -> str:

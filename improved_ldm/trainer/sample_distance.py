@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.evaluation.evaluate import Evaluation, ScoreSettings, identity
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.meaning import score_notes
@@ -14,7 +15,6 @@ from improved_ldm.naming import naming_keys
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.resolution import sides_of
 from improved_ldm.trainer.adapters import set_trained
-from improved_ldm.trainer.held_out import spread
 from improved_ldm.trainer.held_out_data import HeldOut
 from improved_ldm.trainer.processes import on_any_process, on_main_process
 from improved_ldm.trainer.run import Run
@@ -57,7 +57,7 @@ class SampleDistance:
     def _reference(self, held_out: HeldOut, size: tuple[int, int]) -> Reference:
         count, (rows,) = self.run.config.validation.num_samples, held_out.mixture.rows
         place, split = held_out.config.source, held_out.config.split
-        return reference_of_rows(spread(rows, count), place, split, size, count, self.batch_size)
+        return reference_of_rows(spread_if_possible(rows, count), place, split, size, count, self.batch_size)
 
     def measure(self, averaged: Denoiser, step: int) -> dict[str, Any]:
         """The distances of samples of a model; empty except on the main process, and if sampling fails.

@@ -36,6 +36,11 @@ class HeldOut:
         """The sets, without local folders."""
         return ", ".join(map(shareable_place, self.config.places))
 
+    @property
+    def described(self) -> str:
+        """The sets and their split in words."""
+        return f"{self.places}, split {self.config.split!r}"
+
 
 def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:
     """Open and check the held-out images of a run; None if it measures none, or its set has no held-out split.

@@ -102,9 +102,8 @@ def _say_measured_on(run: Run, held_out: HeldOut | None) -> str:
     """Say which images the network is measured on, and return it."""
     count, config = run.config.validation.num_images, run.config
     if held_out is not None:
-        places = f"{held_out.places}, split {held_out.config.split!r}"
-        run.say(f"measured on up to {count} held-out images: {places}")
-        return places
+        run.say(f"measured on up to {count} held-out images: {held_out.described}")
+        return held_out.described
     places = ", ".join(map(shareable_place, config.data.places))
     run.say(
         f"measured on up to {count} images of the training, because {NO_SPLIT}; `validation.split` or "

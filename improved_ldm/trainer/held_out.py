@@ -149,8 +149,7 @@ def _batches(run: Run, mixture: Mixture, denoiser: Denoiser) -> Iterator[dict[st
     """The batches of all processes: images of each set by its share, in a centred crop."""
     config, processes = run.config, run.accelerator.num_processes
     transform = image_transform(config, denoiser.control_inputs).centred()
-    for rows, share in zip(mixture.rows, mixture.shares, strict=True):
-        count = max(1, round(config.validation.num_images * share))
+    for rows, count in mixture.parts(config.validation.num_images):
         batch_size = min(config.training.batch_size, -(-count // processes))
         yield from first_batches(
             spread_if_possible(rows, count), transform, count, batch_size, run_buckets(config.transform)

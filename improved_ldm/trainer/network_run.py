@@ -12,7 +12,6 @@ from torch import nn
 from improved_ldm.data.latents import EncodingLoader
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.prefetch import Prefetcher
 from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.naming import DATA_KEYS
@@ -20,7 +19,7 @@ from improved_ldm.output import writing
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import write_json, write_whole
 from improved_ldm.resolution import sides_of
-from improved_ldm.trainer.batches import announce, image_transform, sample_loader
+from improved_ldm.trainer.batches import announce, image_transform, prefetched, sample_loader
 from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.data import survey
 from improved_ldm.trainer.data_sections import ImageDataConfig
@@ -68,9 +67,7 @@ def train_network(config: NetworkConfig, open_mixture: OpenMixture, make_task: C
     measured_on = _say_measured_on(run, held_out)
 
     # The training, in the loop that all scripts share.
-    loader = EncodingLoader(sample_loader(run, mixture, transform), task.samples)
-    ahead = config.training.prefetch
-    batches = Prefetcher(loader, ahead, run.accelerator.device) if ahead else loader
+    batches = prefetched(run, EncodingLoader(sample_loader(run, mixture, transform), task.samples))
     measured_mixture, count = held_out.mixture if held_out else mixture, config.validation.num_images
     images = partial(whole_images, measured_mixture, count, task.image_size)
 
@@ -93,8 +90,7 @@ def whole_images(mixture: Mixture, count: int, size: int | tuple[int, int]) -> I
         size: side length, or (height, width), of the images, pixels.
     """
     transform, batch_size = ImageTransform(size), max(1, BATCH_PIXELS // math.prod(sides_of(size)))
-    for rows, share in zip(mixture.rows, mixture.shares, strict=True):
-        part = max(1, round(count * share))
+    for rows, part in mixture.parts(count):
         yield from first_batches(spread_if_possible(rows, part), transform, part, batch_size)
 
 

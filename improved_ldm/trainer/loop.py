@@ -161,7 +161,7 @@ def _prepare(run: Run, task: Task, recipe: OptimizerConfig) -> tuple[nn.Module, 
     model = task.model.train()
     ema = WeightAverage(model, recipe.ema_decay, recipe.ema_warmup)
     if task.averaged is not None:
-        ema.go_on_from(task.averaged)
+        ema.start_from(task.averaged)
     ema.requires_grad_(False).eval().to(run.accelerator.device)
     model = task.faster_model(run)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

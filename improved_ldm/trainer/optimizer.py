@@ -70,7 +70,7 @@ class WeightAverage(AveragedModel):
                 layer, _, own_name = name.rpartition(".")
                 setattr(self.module.get_submodule(layer), own_name, parameter)
 
-    def go_on_from(self, average: nn.Module):
+    def start_from(self, average: nn.Module):
         """Start from the average of an earlier training, whose warm-up is over."""
         self.module.load_state_dict(average.state_dict())
         self.n_averaged += math.ceil(9 / (1 - self.decay))  # from then on, (1 + n) / (10 + n) exceeds the decay

@@ -1,4 +1,4 @@
-"""Adan, of timm, which only runs that ask for it import."""
+"""The Adan optimizer of timm; only runs that train with it import this module."""
 
 from collections.abc import Iterable
 

@@ -50,7 +50,7 @@ def train_network(config: NetworkConfig, open_mixture: OpenMixture, make_task: C
         make_task: function of the run and its data that makes the network with its new weights.
 
     Raises:
-        ValueError, OSError: if the configuration, the data or the folder do not serve.
+        ValueError, OSError: if the configuration, the data or the folder cannot be used.
     """
     started = time.perf_counter()
 
@@ -140,5 +140,5 @@ def _finish(run: Run, task: NetworkTask, model: nn.Module, measured: Measured, m
     say_what_was_skipped(run, record)
     run.say("\n".join(["", *summary_lines(metrics, history, measured_rows(measured_on, measured.values))]))
     run.say(
-        f"\n{run.folder}/ holds the network, metrics.json and loss.png. To train with it: {task.usage(run.folder)}"
+        f"\n{run.folder}/ holds the network, metrics.json and {PICTURE}. To train with it: {task.usage(run.folder)}"
     )

@@ -1,4 +1,4 @@
-"""What a model samples, by prompt or by class: everything in which the two kinds of stage differ."""
+"""The semantic condition of a stage, classes or prompts: everything in which the two kinds differ."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -54,7 +54,8 @@ def train_adapter(config: AdapterRunConfig):
     look = survey(mixture)
     if mixture.class_names and class_names and mixture.class_names != class_names:
         raise ValueError(
-            f"the set's classes are {mixture.class_names}, the base's {class_names}; a label must mean the same in both."
+            f"the set's classes are {mixture.class_names}, the base's {class_names}; a label must mean the same in "
+            "both."
         )
     held_out = open_held_out(config, mixture)
 

@@ -50,14 +50,14 @@ def train_adapter(config: AdapterRunConfig):
     image_transform(config)
     check_buckets(config.transform, pipeline.vae_scale_factor * pipeline.denoiser.patch_size)
     class_names = pipeline.config.class_names
-    rows = open_data(config.data, pipeline.takes_text)
-    look = survey(rows)
-    if rows.class_names and class_names and rows.class_names != class_names:
+    mixture = open_data(config.data, pipeline.takes_text)
+    look = survey(mixture)
+    if mixture.class_names and class_names and mixture.class_names != class_names:
         raise ValueError(
-            f"the set's classes are {rows.class_names}, the base's {class_names}; a label must mean the same in both."
+            f"the set's classes are {mixture.class_names}, the base's {class_names}; a label must mean the same in "
+            "both."
         )
-
-    held_out = open_held_out(config, rows)
+    held_out = open_held_out(config, mixture)
 
     # The adapter: all other weights of the base stay frozen.
     run = start_run(config)
@@ -69,12 +69,12 @@ def train_adapter(config: AdapterRunConfig):
         grid_rows = prompt_rows(config.sampling.prompts, encoder, look)
     else:
         grid_rows = class_rows(pipeline.denoiser.config.num_classes)
-    show_reconstructions(run, *check_networks(run, [config], [rows], [encoder]))
+    show_reconstructions(run, *check_networks(run, [config], [mixture], [encoder]))
 
     # The training, in the loop that all scripts share.
     start = DenoiserTask(adapted, base_objective(config, pipeline))
     validation = open_validation(run, held_out, start, encoder, pipeline)
-    batches = open_batches(run, rows, encoder, pipeline.denoiser.control_inputs)
+    batches = open_batches(run, mixture, encoder, pipeline.denoiser.control_inputs)
     sample = grid_sampler(run, pipeline, grid_rows)
     hooks = [Hook(config.sampling.every, sample), Hook(config.hub.push_every, push)]
     set_trained(pipeline, train(run, start, batches, hooks, validation))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from improved_ldm.conditioning.control import control_columns
 from improved_ldm.conditioning.text import own_positions, unique_prompts
 from improved_ldm.data.buckets import Buckets, fill_lines, rare_lines
-from improved_ldm.data.columns import Column, TextColumn
+from improved_ldm.data.cache_columns import Column, TextColumn
 from improved_ldm.data.fingerprint import file_stamp, place_files
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
 from improved_ldm.data.order import BatchPlan, PlannedBatch

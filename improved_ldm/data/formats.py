@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 
 from improved_ldm.data.files import printable
-from improved_ldm.data.shards import LOST, NO_END_MARK, rows_of_shards
+from improved_ldm.data.shards import LOST, NO_END_MARK, after_last_sample, rows_of_shards
 
 PARQUET_BATCH = 256  # rows read from a parquet file at once
 FAULT = "__fault__"  # the column that holds what is wrong with a row as a whole
@@ -119,7 +119,7 @@ def _shard_rows(file: str, wanted: set[str]) -> Iterator[dict[str, Any]]:
     ):
         yield from (row for row, _ in _samples(tar, file, wanted))
         if not tar.has_end_mark:
-            yield {"row": {LOST: NO_END_MARK}, "place": f"{file}, all after its last sample"}
+            yield {"row": {LOST: NO_END_MARK}, "place": after_last_sample(file)}
 
 
 def _samples(tar: "_Shard", file: str, wanted: set[str]) -> Iterator[tuple[dict[str, Any], int]]:
@@ -194,5 +194,9 @@ def image_folder_rows(entries: tuple[tuple[str, dict[str, Any], str], ...], imag
         image_column: name of the image's column in the rows.
     """
     for number, (path, values, place) in enumerate(entries):
-        row = {**values, image_column: {"path": path, "bytes": None}}
-        yield {"row": row, "place": place, "number": [0, number]}
+        yield {"row": image_folder_row(path, values, image_column), "place": place, "number": [0, number]}
+
+
+def image_folder_row(path: str, values: dict[str, Any], image_column: str) -> dict[str, Any]:
+    """The values of a row of an image folder, whose image is read when the row is decoded."""
+    return {**values, image_column: {"path": path, "bytes": None}}

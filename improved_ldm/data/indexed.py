@@ -9,16 +9,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from improved_ldm.data.buckets import Buckets, fill_lines, rare_lines
+from improved_ldm.data.kept_files import cached_file, write_once
 from improved_ldm.data.order import BatchPlan, PlannedBatch
 from improved_ldm.data.rows import BadRowError, Row, Rows
+from improved_ldm.data.stored import Table
 from improved_ldm.data.stream import MAX_STAND_INS, reader_among
-from improved_ldm.data.tables import Table, cached_file
 from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
-from improved_ldm.output import writing
 from improved_ldm.seeds import derive_seed
 
 READERS = 8  # threads that read the headers of images
@@ -79,13 +78,7 @@ def image_sizes(rows: Rows, table: Table) -> np.ndarray:
     if len(table) < KEPT_FROM:
         return _read_sizes(rows, table)
     kept = cached_file(rows.files, [rows.image_column, "sizes"], ".npy")
-    with writing(kept):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):
-            if not kept.exists():
-                unfinished = kept.with_suffix(".unfinished.npy")
-                np.save(unfinished, _read_sizes(rows, table))
-                unfinished.replace(kept)
+    write_once(kept, lambda unfinished: np.save(unfinished, _read_sizes(rows, table)))
     return np.load(kept)
 
 

@@ -82,6 +82,11 @@ class Mixture:
         total = sum(source.weight for source in self.sources)
         return [source.weight / total for source in self.sources]
 
+    def parts(self, count: int) -> Iterator[tuple[Rows, int]]:
+        """The opened sets, each with its share of a number of rows, at least one."""
+        for rows, share in zip(self.rows, self.shares, strict=True):
+            yield rows, max(1, round(count * share))
+
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes in the order of their labels, or None."""

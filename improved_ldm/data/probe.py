@@ -3,8 +3,9 @@
 from itertools import chain, islice
 from typing import Any
 
-from improved_ldm.data.rows import ABSENT, BadRowError, Rows, names_of, stored_label, stored_windows
+from improved_ldm.data.rows import ABSENT, BadRowError, Rows, names_of, stored_label
 from improved_ldm.data.shards import LOST
+from improved_ldm.data.stored import stored_windows
 
 PROBED_ROWS = 100  # first rows, of which at least one must hold a column
 EXPECTED = {

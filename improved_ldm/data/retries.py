@@ -34,7 +34,7 @@ PASSING = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError
 MIN_PROGRESS = 2**16  # bytes; a connection that breaks off after more than this counts as a new failure
 SLOWEST = 1024  # bytes per second; a slower body is cut off
 TIMEOUTS_TO_JUDGE = 6  # waiting time for a body, in timeouts, before its speed is checked
-LONGEST_DEAFNESS = 1.0  # seconds for which a waiting thread may miss a signal
+LONGEST_WAIT = 1.0  # seconds; a signal is handled at the end of a wait at the latest
 LONGEST_TIMEOUT = 3  # limit, in timeouts, if a library asks for a longer one
 
 
@@ -81,7 +81,7 @@ def _result(results: queue.SimpleQueue) -> tuple[Any, BaseException | None]:
     """The next result. The waits are short, because a signal that comes as one starts is handled only at its end."""
     while True:
         with suppress(queue.Empty):
-            return results.get(timeout=LONGEST_DEAFNESS)
+            return results.get(timeout=LONGEST_WAIT)
 
 
 def _fetch(items: Iterator, orders: queue.SimpleQueue, results: queue.SimpleQueue):

@@ -44,6 +44,11 @@ class LostShardError(Exception):
         return f"{self.file}, all after row {rows}" if rows else self.file
 
 
+def after_last_sample(file: str) -> str:
+    """The part of a shard, in words, that is lost if the shard has no end mark."""
+    return f"{file}, all after its last sample"
+
+
 def rows_of_shards(
     files: list[str], numbers: list[int], read: Callable[[str], Iterator[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,14 @@ def spread_rows(rows: Rows, count: int, max_places: int = MAX_PLACES) -> Rows:
     return replace(rows, dataset=dataset, description=f"{rows.description}; {len(chosen):,} rows spread over all")
 
 
+def spread_if_possible(rows: Rows, count: int) -> Rows:
+    """Rows from all over a set, whose classes may be sorted; one on the Hub or with a filter stays as it is.
+
+    Its first rows are used instead: a filter could leave few of the spread ones.
+    """
+    return rows if rows.is_remote or rows.row_filter.is_needed else spread_rows(rows, count)
+
+
 def _is_parquet(rows: Rows) -> bool:
     """Whether parquet files hold the rows; a folder of images may have one too, as its table."""
     return all(kind_of(file) == "parquet" for file in rows.files)

@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import torch
 
-from improved_ldm.data.rows import BadRowError, Row, Rows, StoredRow, stored_windows
+from improved_ldm.data.rows import BadRowError, Row, Rows
 from improved_ldm.data.shards import LOST
+from improved_ldm.data.stored import StoredRow, stored_windows
 from improved_ldm.data.tally import MIN_ROWS_TO_JUDGE, Tally
 from improved_ldm.seeds import derive_seed
 
@@ -211,16 +212,16 @@ class RowStream(torch.utils.data.IterableDataset):
         """Whether each reader reads whole shards instead of its part of every shard."""
         return self.rows.dataset.num_shards >= SHARDS_PER_READER * self._reader()[1]
 
-    def _lane(self) -> tuple[int, ...]:
+    def _reader_key(self) -> tuple[int, ...]:
         """Numbers that make this reader's places unique if each reader counts its own."""
         return self._reader() if self._deals_shards() else ()
 
     def _seed_of_window(self) -> int:
-        return derive_seed(self.seed, self._position.epoch, self._position.window, *self._lane())
+        return derive_seed(self.seed, self._position.epoch, self._position.window, *self._reader_key())
 
     def _seed_of_row(self, stored: StoredRow, place: int) -> int:
         """The seed of a row in this epoch, a function of its number in the set or, if unknown, its place."""
-        number = (-1, place, *self._lane()) if stored.number is None else stored.number
+        number = (-1, place, *self._reader_key()) if stored.number is None else stored.number
         return derive_seed(self.seed, self._position.epoch, *number)
 
     def _read(self, row: StoredRow, seed: int) -> Row | None:

@@ -4,33 +4,29 @@ A table knows where its rows are; images are read when they are needed. The rows
 by one, so a small set is held in memory, and a large one is copied once to files that are mapped into memory.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
-from improved_ldm.data.fingerprint import file_stamp
 from improved_ldm.data.formats import (
     batch_rows,
+    image_folder_row,
     parquet_batches,
     parquet_metadata,
     present_columns,
     sample_at,
     sample_offsets,
 )
+from improved_ldm.data.kept_files import cached_file, write_once
 from improved_ldm.data.rows import BadRowError
-from improved_ldm.data.shards import NO_END_MARK, LostShardError, items_of_shard
+from improved_ldm.data.shards import NO_END_MARK, LostShardError, after_last_sample, items_of_shard
 from improved_ldm.data.stored import StoredRow, Table
-from improved_ldm.output import writing
 
 IN_MEMORY = 2**30  # bytes of a parquet set that are held in memory; a larger one is copied to mapped files
 # First bytes of files that are packed with gzip, bzip2, xz or zstandard; these can only be read from their beginning.
@@ -48,7 +44,7 @@ class FolderTable(Table):
 
     def stored(self, number: int) -> StoredRow:
         path, values, place = self.entries[number]
-        return StoredRow({**values, self.image_column: {"path": path, "bytes": None}}, place, (0, number))
+        return StoredRow(image_folder_row(path, values, self.image_column), place, (0, number))
 
 
 class ShardTable(Table):
@@ -67,7 +63,7 @@ class ShardTable(Table):
         except LostShardError as error:
             self.lost[error.place_after(len(found))] = str(error)
         if found and found[-1] is None:
-            self.lost[f"{file}, all after its last sample"] = NO_END_MARK
+            self.lost[after_last_sample(file)] = NO_END_MARK
             found.pop()
         return np.array(found, dtype=np.int64)
 
@@ -120,22 +116,18 @@ class ParquetTable(Table):
     def _mapped(self, file: str) -> list[pa.RecordBatch]:
         """The rows of a file, mapped from a copy of it that is written at the first use."""
         copy = cached_file([file], self.columns, ".arrow")
-        with writing(copy):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{copy}.lock"):
-                if not copy.exists():
-                    self._write_copy(file, copy)
+        write_once(copy, lambda unfinished: self._write_copy(file, copy, unfinished))
         lost = copy.with_suffix(".json")
         if lost.exists():
             self.lost |= json.loads(lost.read_text(encoding="utf-8"))
         reader = pa.ipc.open_file(pa.memory_map(str(copy)))
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
-    def _write_copy(self, file: str, copy: Path):
+    def _write_copy(self, file: str, copy: Path, unfinished: Path):
         needed, free = _column_bytes(file, self.columns), shutil.disk_usage(copy.parent).free
         if needed > free:
             raise OSError(f"{file} needs {needed / 2**30:.1f} GiB there to be read in any order")
-        unfinished, known, writer = copy.with_suffix(".unfinished"), set(self.lost), None
+        known, writer = set(self.lost), None
         for batch in self._batches_of(file):
             writer = writer or pa.ipc.new_file(str(unfinished), batch.schema)
             writer.write_batch(batch)
@@ -143,7 +135,6 @@ class ParquetTable(Table):
         writer.close()
         if lost := {place: reason for place, reason in self.lost.items() if place not in known}:
             copy.with_suffix(".json").write_text(json.dumps(lost), encoding="utf-8")
-        unfinished.replace(copy)
 
 
 def _column_bytes(file: str, columns: tuple[str, ...]) -> int:
@@ -155,14 +146,6 @@ def _column_bytes(file: str, columns: tuple[str, ...]) -> int:
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names)
-
-
-def cached_file(files: Sequence[str], what: Sequence[str], suffix: str) -> Path:
-    """Where something that is computed from files is kept, in the cache of `datasets`, until the files change."""
-    stamps = [(file, file_stamp(Path(file)) if os.path.exists(file) else None) for file in files]
-    text = json.dumps([stamps, list(what)])
-    name = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:32]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "improved_ldm" / f"{name}{suffix}"
 
 
 def is_packed(file: str) -> bool:

@@ -1,5 +1,8 @@
-"""What a reader of a set has skipped: counted by reason, logged now and then, and judged, because a set of mostly bad
-rows is a mistake."""
+"""What a reader of a set has skipped and given.
+
+Bad rows are counted by reason, logged as they double, and end the run if they are too many. Given samples are counted
+by their source.
+"""
 
 import logging
 from collections import Counter

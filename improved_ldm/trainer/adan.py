@@ -1,4 +1,4 @@
-"""Adan, of timm, which only runs that ask for it import."""
+"""The Adan optimizer of timm; only runs that train with it import this module."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import torch
 from timm.optim import Adan
 from torch import nn
 
-from improved_ldm.trainer.config import OptimizerConfig
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 
 
 class SkippingAdan(Adan):

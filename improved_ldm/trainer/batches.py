@@ -27,6 +27,8 @@ from improved_ldm.trainer.processes import on_main_process
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.task_config import TaskConfig
 
+Loader = CachedLoader | EncodingLoader | WatchedLoader
+
 
 def open_batches(
     run: Run,
@@ -34,7 +36,7 @@ def open_batches(
     encoder: SampleEncoder,
     control_inputs: Collection[str] = (),
     control_seen: ControlRanges | None = None,
-) -> CachedLoader | EncodingLoader | WatchedLoader | Prefetcher:
+) -> Loader | Prefetcher:
     """The loader of one rank's training batches; prints what is read.
 
     Args:
@@ -56,6 +58,11 @@ def open_batches(
         loader = WatchedLoader(loader, control_seen)
     if is_trained(encoder.text_encoder):  # batches that are prepared ahead would be encoded with earlier weights
         return loader
+    return prefetched(run, loader)
+
+
+def prefetched(run: Run, loader: Loader) -> Loader | Prefetcher:
+    """A loader whose batches are prepared ahead, as many as the run's configuration says."""
     ahead = run.config.training.prefetch
     return Prefetcher(loader, ahead, run.accelerator.device) if ahead else loader
 

@@ -15,7 +15,8 @@ from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.sampling.components import check_channels
 from improved_ldm.trainer.components import build_denoiser, check_max_tokens, check_resolution
-from improved_ldm.trainer.config import Condition, DenoiserConfig, RunConfig
+from improved_ldm.trainer.config import Condition, RunConfig
+from improved_ldm.trainer.sections import DenoiserConfig
 
 ANY_DIM = 8  # stands for the sizes of conditions, which are known only after loading data and text encoder
 BYTES = 4  # per weight

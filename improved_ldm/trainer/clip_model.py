@@ -33,7 +33,7 @@ def make_tokenizer(merges: Merges, max_tokens: int = CLIP_TOKENS) -> CLIPTokeniz
 
 
 def fitting_max_tokens(counts: TokenCounts) -> int:
-    """So many tokens that `CUT_SHARE` of the captions are cut, at most those of CLIP."""
+    """The number of tokens at which `CUT_SHARE` of the captions are cut, at most that of CLIP."""
     return min(CLIP_TOKENS, counts.quantile(1 - CUT_SHARE))
 
 

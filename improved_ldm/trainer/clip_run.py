@@ -9,6 +9,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from improved_ldm.data.mixture import Mixture
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.data.token_counts import TokenCounts
 from improved_ldm.provenance import write_json
 from improved_ldm.trainer.checkpoints import VOCABULARY, kept_file
@@ -16,7 +17,6 @@ from improved_ldm.trainer.clip_model import fitting_max_tokens, learn_merges, ma
 from improved_ldm.trainer.clip_task import ClipTask
 from improved_ldm.trainer.data import open_sets, text_columns
 from improved_ldm.trainer.data_sections import DataConfig, SourceConfig
-from improved_ldm.trainer.held_out import spread
 from improved_ldm.trainer.network_config import ClipRunConfig
 from improved_ldm.trainer.network_run import train_network
 from improved_ldm.trainer.processes import on_main_process
@@ -79,6 +79,6 @@ def read_captions(mixture: Mixture) -> list[str]:
     return [
         caption
         for rows in mixture.rows
-        for caption in itertools.islice(spread(rows, each).captions(), each)
+        for caption in itertools.islice(spread_if_possible(rows, each).captions(), each)
         if caption
     ]

@@ -31,8 +31,8 @@ from improved_ldm.models.family import check_options, denoiser_class, make_denoi
 from improved_ldm.naming import loading
 from improved_ldm.places import resolve
 from improved_ldm.resolution import latent_side, sides_of, size_text
-from improved_ldm.trainer.config import AutoencoderConfig, DenoiserConfig, RunConfig, TextConfig
-from improved_ldm.trainer.sections import ComputeDtype
+from improved_ldm.trainer.config import RunConfig
+from improved_ldm.trainer.sections import AutoencoderConfig, ComputeDtype, DenoiserConfig, TextConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.diffusion.objectives import Objective, objective_loss
 from improved_ldm.models.cost import training_flops
 from improved_ldm.models.denoiser import Denoiser
-from improved_ldm.trainer.config import TextConfig, TrainingConfig
 from improved_ldm.trainer.nonfinite import pass_nonfinite_to_gradient
 from improved_ldm.trainer.randomness import ImageRandomness
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.sections import TextConfig, TrainingConfig
 from improved_ldm.trainer.task import Task
 
 

@@ -64,7 +64,7 @@ def finish(run: Run, pipeline: ImprovedLDMPipeline, grid_rows: list, started: fl
     run.say("\n".join(["", *summary_lines(metrics, history, judged_rows(metrics))]))
     what = "adapter" if adapter else "pipeline"
     samples = f"{SAMPLES}, " * bool(picture)
-    run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, loss.png and README.md. To use it:\n")
+    run.say(f"\n{folder}/ holds the {what}, {samples}metrics.json, {PICTURE} and README.md. To use it:\n")
     usage = partial(adapter_usage_lines, config["base"]) if adapter else usage_lines
     run.say(usage(folder.as_posix(), pipeline, grid_rows[0]))
 

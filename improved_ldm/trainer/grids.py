@@ -171,21 +171,3 @@ def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_la
 
 def _wrapped(text: str, width: int = 24, lines: int = 4) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
-
-
-def diverse_prompts(captions: list[str], features: torch.Tensor, count: int) -> list[str]:
-    """Captions that are far from each other, including the first given one.
-
-    Args:
-        captions: captions to choose from.
-        features: (captions, dim), one vector per caption.
-        count: largest number of captions to choose.
-
-    Source: greedy farthest-point selection.
-    """
-    features = torch.nn.functional.normalize(features.float().cpu(), dim=1)
-    chosen, nearest = [0], torch.full((len(captions),), torch.inf)
-    while len(chosen) < min(count, len(captions)):
-        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).norm(dim=1))
-        chosen.append(int(nearest.argmax()))
-    return [captions[number] for number in chosen]

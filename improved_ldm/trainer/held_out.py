@@ -12,18 +12,17 @@ from improved_ldm.conditioning.text import encode_prompts
 from improved_ldm.data.latents import EncodedBatch, SampleEncoder
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.rows import Rows
-from improved_ldm.data.spread import spread_rows
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.diffusion.objectives import Objective
 from improved_ldm.evaluation.processes import gather_batches
 from improved_ldm.models.denoiser import Denoiser
 from improved_ldm.seeds import normal
 from improved_ldm.trainer.batches import encoder_of_run, image_transform, is_trained
-from improved_ldm.trainer.config import TextConfig
 from improved_ldm.trainer.data import run_buckets
 from improved_ldm.trainer.denoiser_task import batch_conditions
 from improved_ldm.trainer.randomness import PASS, ImageRandomness
 from improved_ldm.trainer.run import Run
+from improved_ldm.trainer.sections import TextConfig
 
 LEVELS = 8  # timesteps of each image
 
@@ -150,15 +149,11 @@ def _batches(run: Run, mixture: Mixture, denoiser: Denoiser) -> Iterator[dict[st
     """The batches of all processes: images of each set by its share, in a centred crop."""
     config, processes = run.config, run.accelerator.num_processes
     transform = image_transform(config, denoiser.control_inputs).centred()
-    for rows, share in zip(mixture.rows, mixture.shares, strict=True):
-        count = max(1, round(config.validation.num_images * share))
+    for rows, count in mixture.parts(config.validation.num_images):
         batch_size = min(config.training.batch_size, -(-count // processes))
-        yield from first_batches(spread(rows, count), transform, count, batch_size, run_buckets(config.transform))
-
-
-def spread(rows: Rows, count: int) -> Rows:
-    """Rows from all over a local set, whose classes may be sorted; others are read from their beginning."""
-    return rows if rows.is_remote or rows.row_filter.is_needed else spread_rows(rows, count)
+        yield from first_batches(
+            spread_if_possible(rows, count), transform, count, batch_size, run_buckets(config.transform)
+        )
 
 
 @contextlib.contextmanager

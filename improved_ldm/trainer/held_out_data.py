@@ -9,9 +9,10 @@ from improved_ldm.evaluation.features import open_features
 from improved_ldm.naming import DATA_KEYS, naming_keys, naming_part
 from improved_ldm.places import is_hub_id, shareable_place
 from improved_ldm.resolution import sides_of
-from improved_ldm.trainer.config import SharedConfig, ValidationConfig
+from improved_ldm.trainer.config import SharedConfig
 from improved_ldm.trainer.data import open_data, survey
 from improved_ldm.trainer.data_sections import ImageDataConfig, ImageSourceConfig
+from improved_ldm.trainer.sections import ValidationConfig
 from improved_ldm.trainer.task_config import TaskConfig
 
 SPLITS = ("validation", "test")  # in the order in which they are looked for
@@ -34,6 +35,11 @@ class HeldOut:
     def places(self) -> str:
         """The sets, without local folders."""
         return ", ".join(map(shareable_place, self.config.places))
+
+    @property
+    def described(self) -> str:
+        """The sets and their split in words."""
+        return f"{self.places}, split {self.config.split!r}"
 
 
 def open_held_out(config: SharedConfig, training: Mixture) -> HeldOut | None:

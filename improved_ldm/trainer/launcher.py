@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from improved_ldm.trainer.config import TrainingConfig
 from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES, launched_with
+from improved_ldm.trainer.loop_config import LoopConfig
 
 # Variable → option of the launcher. They shard or compile the model, which averaging and checkpoints do not support.
 UNSUPPORTED = {
@@ -20,7 +20,7 @@ UNSUPPORTED = {
 }
 
 
-def open_accelerator(training: TrainingConfig | None = None, trains: bool = True, **arguments: Any) -> Accelerator:
+def open_accelerator(training: LoopConfig | None = None, trains: bool = True, **arguments: Any) -> Accelerator:
     """The accelerator of a script, after a check that the launcher and the configuration agree.
 
     The training loop divides the loss by the number of micro-batches, so accelerate does not divide it again.
@@ -52,19 +52,20 @@ def open_accelerator(training: TrainingConfig | None = None, trains: bool = True
     return accelerator
 
 
-def _check_supported(training: TrainingConfig | None):
+def _check_supported(training: LoopConfig | None):
     for variable, option in UNSUPPORTED.items():
         value = os.environ.get(variable, "")
         if value.lower() in ("", "no", "false", "0"):
             continue
-        instead = "; to compile, use `--training.compile true`" if training and option == "--dynamo_backend" else ""
+        compiles = option == "--dynamo_backend" and hasattr(training, "compile")  # the training of a denoiser can
+        instead = "; to compile, use `--training.compile true`" if compiles else ""
         raise ValueError(
             f"`accelerate launch` or `accelerate config` asks for `{option}` ({variable} is {value!r}), which is not "
             f"supported; leave it out{instead}."
         )
 
 
-def _check_agreement(training: TrainingConfig):
+def _check_agreement(training: LoopConfig):
     for key, variable in LAUNCHER_VARIABLES.items():
         asked, configured = launched_with(key), getattr(training, key)
         if asked is not None and asked != str(configured):

@@ -13,7 +13,6 @@ from torch import nn
 from improved_ldm.output import OutputError
 from improved_ldm.pipeline import NonFiniteLatentsError
 from improved_ldm.trainer.checkpoints import Checkpoints
-from improved_ldm.trainer.config import OptimizerConfig
 from improved_ldm.trainer.nonfinite import (
     NONFINITE,
     FirstSkipped,
@@ -22,6 +21,7 @@ from improved_ldm.trainer.nonfinite import (
     check_weights,
 )
 from improved_ldm.trainer.optimizer import WeightAverage, fitting_state, make_optimizer, scaled, set_learning_rate
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 from improved_ldm.trainer.randomness import StepRandomness
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import Run
@@ -161,7 +161,7 @@ def _prepare(run: Run, task: Task, recipe: OptimizerConfig) -> tuple[nn.Module, 
     model = task.model.train()
     ema = WeightAverage(model, recipe.ema_decay, recipe.ema_warmup)
     if task.averaged is not None:
-        ema.go_on_from(task.averaged)
+        ema.start_from(task.averaged)
     ema.requires_grad_(False).eval().to(run.accelerator.device)
     model = task.faster_model(run)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -110,7 +110,7 @@ class ClipConfig(Section):
     projection_dim: Width = 64
     """Width of the shared embedding."""
     max_tokens: Annotated[Width, Field(ge=3)] | None = None
-    """Tokens per caption, including start and end; default: so many that 1% of the captions are cut, at most 77."""
+    """Tokens per caption with start and end; default: the length at which 1% of the captions are cut, at most 77."""
     max_merges: Count = 2048
     """Largest number of words and word parts that the tokenizer learns from the captions."""
     match: Literal["caption", "label"] = "caption"

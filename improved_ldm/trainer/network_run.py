@@ -12,18 +12,17 @@ from torch import nn
 from improved_ldm.data.latents import EncodingLoader
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.mixture import Mixture
-from improved_ldm.data.prefetch import Prefetcher
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.naming import DATA_KEYS
 from improved_ldm.output import writing
 from improved_ldm.places import shareable_place
 from improved_ldm.provenance import write_json, write_whole
 from improved_ldm.resolution import sides_of
-from improved_ldm.trainer.batches import announce, image_transform, sample_loader
+from improved_ldm.trainer.batches import announce, image_transform, prefetched, sample_loader
 from improved_ldm.trainer.checkpoints import HISTORY
 from improved_ldm.trainer.data import survey
 from improved_ldm.trainer.data_sections import ImageDataConfig
-from improved_ldm.trainer.held_out import spread
 from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut, open_apart
 from improved_ldm.trainer.loop import Hook, train
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
@@ -51,7 +50,7 @@ def train_network(config: NetworkConfig, open_mixture: OpenMixture, make_task: C
         make_task: function of the run and its data that makes the network with its new weights.
 
     Raises:
-        ValueError, OSError: if the configuration, the data or the folder do not serve.
+        ValueError, OSError: if the configuration, the data or the folder cannot be used.
     """
     started = time.perf_counter()
 
@@ -68,9 +67,7 @@ def train_network(config: NetworkConfig, open_mixture: OpenMixture, make_task: C
     measured_on = _say_measured_on(run, held_out)
 
     # The training, in the loop that all scripts share.
-    loader = EncodingLoader(sample_loader(run, mixture, transform), task.samples)
-    ahead = config.training.prefetch
-    batches = Prefetcher(loader, ahead, run.accelerator.device) if ahead else loader
+    batches = prefetched(run, EncodingLoader(sample_loader(run, mixture, transform), task.samples))
     measured_mixture, count = held_out.mixture if held_out else mixture, config.validation.num_images
     images = partial(whole_images, measured_mixture, count, task.image_size)
 
@@ -93,18 +90,16 @@ def whole_images(mixture: Mixture, count: int, size: int | tuple[int, int]) -> I
         size: side length, or (height, width), of the images, pixels.
     """
     transform, batch_size = ImageTransform(size), max(1, BATCH_PIXELS // math.prod(sides_of(size)))
-    for rows, share in zip(mixture.rows, mixture.shares, strict=True):
-        part = max(1, round(count * share))
-        yield from first_batches(spread(rows, part), transform, part, batch_size)
+    for rows, part in mixture.parts(count):
+        yield from first_batches(spread_if_possible(rows, part), transform, part, batch_size)
 
 
 def _say_measured_on(run: Run, held_out: HeldOut | None) -> str:
     """Say which images the network is measured on, and return it."""
     count, config = run.config.validation.num_images, run.config
     if held_out is not None:
-        places = f"{held_out.places}, split {held_out.config.split!r}"
-        run.say(f"measured on up to {count} held-out images: {places}")
-        return places
+        run.say(f"measured on up to {count} held-out images: {held_out.described}")
+        return held_out.described
     places = ", ".join(map(shareable_place, config.data.places))
     run.say(
         f"measured on up to {count} images of the training, because {NO_SPLIT}; `validation.split` or "
@@ -145,5 +140,5 @@ def _finish(run: Run, task: NetworkTask, model: nn.Module, measured: Measured, m
     say_what_was_skipped(run, record)
     run.say("\n".join(["", *summary_lines(metrics, history, measured_rows(measured_on, measured.values))]))
     run.say(
-        f"\n{run.folder}/ holds the network, metrics.json and loss.png. To train with it: {task.usage(run.folder)}"
+        f"\n{run.folder}/ holds the network, metrics.json and {PICTURE}. To train with it: {task.usage(run.folder)}"
     )

@@ -50,7 +50,7 @@ class NetworkTask(Task):
         """Measure a model, which is in evaluation mode, on images."""
 
     def finish(self, model: nn.Module, images: Images):
-        """Do what is left to do in a trained model, with images of the training."""
+        """Change a trained model at the end, from statistics of training images; nothing by default."""
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from improved_ldm.trainer.config import OptimizerConfig
+from improved_ldm.trainer.optimizer_config import OptimizerConfig
 
 MAX_SCALED_RATE = 0.1  # our choice; LDM's 1e-4, times its 1200 images, is above it
 
@@ -70,7 +70,7 @@ class WeightAverage(AveragedModel):
                 layer, _, own_name = name.rpartition(".")
                 setattr(self.module.get_submodule(layer), own_name, parameter)
 
-    def go_on_from(self, average: nn.Module):
+    def start_from(self, average: nn.Module):
         """Start from the average of an earlier training, whose warm-up is over."""
         self.module.load_state_dict(average.state_dict())
         self.n_averaged += math.ceil(9 / (1 - self.decay))  # from then on, (1 + n) / (10 + n) exceeds the decay

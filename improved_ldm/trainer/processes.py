@@ -1,9 +1,10 @@
-"""Work that one process of a run does for all."""
+"""What the processes of a run do together: work of one of them for all, and flags that any of them can raise."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 Result = TypeVar("Result")
@@ -25,3 +26,9 @@ def on_main_process(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether a flag is true on any process; all processes wait for each other."""
+    value = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(value, "sum").item())

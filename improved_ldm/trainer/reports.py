@@ -100,8 +100,8 @@ class Progress:
         record = {
             "step": step,
             "images": step * self.run.images_per_step,
-            "loss": _or_none(loss_value),
-            "gradient_norm": _or_none(float(gradient_norm)),
+            "loss": finite_or_none(loss_value),
+            "gradient_norm": finite_or_none(float(gradient_norm)),
             "learning_rate": learning_rate,
             **self.meter.read(step),
         }
@@ -207,6 +207,6 @@ def last_loss(history: list[dict[str, Any]]) -> float | None:
     return next((record["loss"] for record in reversed(history) if record["loss"] is not None), None)
 
 
-def _or_none(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """A value for JSON, which has no NaN; None if it is not finite."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What the metrics of every run tell of it: the command, the data it has seen, the time and the memory."""
+"""What `metrics.json` records of every run: the command, the data it has seen, the time and the memory."""
 
 import json
 import resource

@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.evaluation.evaluate import Evaluation, ScoreSettings, identity
 from improved_ldm.evaluation.features import open_features
 from improved_ldm.evaluation.meaning import score_notes
@@ -16,9 +15,8 @@ from improved_ldm.naming import naming_keys
 from improved_ldm.pipeline import ImprovedLDMPipeline, NonFiniteLatentsError
 from improved_ldm.resolution import sides_of
 from improved_ldm.trainer.adapters import set_trained
-from improved_ldm.trainer.held_out import spread
 from improved_ldm.trainer.held_out_data import HeldOut
-from improved_ldm.trainer.processes import on_main_process
+from improved_ldm.trainer.processes import on_any_process, on_main_process
 from improved_ldm.trainer.run import Run
 
 BATCH_SIZE = 50  # largest number of images per call of the pipeline and of the network
@@ -59,7 +57,7 @@ class SampleDistance:
     def _reference(self, held_out: HeldOut, size: tuple[int, int]) -> Reference:
         count, (rows,) = self.run.config.validation.num_samples, held_out.mixture.rows
         place, split = held_out.config.source, held_out.config.split
-        return reference_of_rows(spread(rows, count), place, split, size, count, self.batch_size)
+        return reference_of_rows(spread_if_possible(rows, count), place, split, size, count, self.batch_size)
 
     def measure(self, averaged: Denoiser, step: int) -> dict[str, Any]:
         """The distances of samples of a model; empty except on the main process, and if sampling fails.
@@ -76,7 +74,7 @@ class SampleDistance:
             failed = ""
         except NonFiniteLatentsError as error:
             failed = str(error)
-        if self._any_process(bool(failed)):  # and all of them have sampled
+        if on_any_process(self.run.accelerator, bool(failed)):  # and all of them have sampled
             self.run.say(f"step {step}: sampling failed, training continues. {failed}")
             scores = None
         else:
@@ -87,10 +85,6 @@ class SampleDistance:
     @staticmethod
     def _remove(folder: Path):
         on_main_process(lambda: shutil.rmtree(folder, ignore_errors=True))
-
-    def _any_process(self, flag: bool) -> bool:
-        value = torch.tensor(float(flag), device=self.run.accelerator.device)
-        return bool(self.run.accelerator.reduce(value, "sum").item())
 
     def _record(self, scores: dict[str, float], step: int) -> dict[str, Any]:
         """The distances with all that they depend on besides the weights, and why they are not meaningful."""

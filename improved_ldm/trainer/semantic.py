@@ -1,9 +1,10 @@
-"""What a model samples, by prompt or by class: everything in which the two kinds of stage differ."""
+"""The semantic condition of a stage, classes or prompts: everything in which the two kinds differ."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 
 from improved_ldm.data.latents import SampleEncoder
@@ -12,7 +13,6 @@ from improved_ldm.places import shareable_place
 from improved_ldm.trainer.components import load_text_encoder, text_dims
 from improved_ldm.trainer.config import Condition, RunConfig
 from improved_ldm.trainer.data import Survey, count_classes
-from improved_ldm.trainer.grids import diverse_prompts
 
 PROMPT_ROWS, CLASS_ROWS = 8, 10  # rows of a grid of samples
 
@@ -125,6 +125,24 @@ def use_encoder(encoders: Sequence[SampleEncoder], number: int, device: torch.de
 def prompt_rows(prompts: tuple[str, ...] | None, encoder: SampleEncoder, survey: Survey) -> list[str]:
     """The given prompts or, if there are none, those captions of the first rows that differ most."""
     return list(prompts or ()) or diverse_prompts(survey.captions, encoder.text(survey.captions).pooled, PROMPT_ROWS)
+
+
+def diverse_prompts(captions: list[str], features: torch.Tensor, count: int) -> list[str]:
+    """Captions that are far from each other, including the first given one.
+
+    Args:
+        captions: captions to choose from.
+        features: (captions, dim), one vector per caption.
+        count: largest number of captions to choose.
+
+    Source: greedy farthest-point selection.
+    """
+    features = F.normalize(features.float().cpu(), dim=1)
+    chosen, nearest = [0], torch.full((len(captions),), torch.inf)
+    while len(chosen) < min(count, len(captions)):
+        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).norm(dim=1))
+        chosen.append(int(nearest.argmax()))
+    return [captions[number] for number in chosen]
 
 
 def class_rows(num_classes: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from improved_ldm.trainer.processes import on_any_process
 from improved_ldm.trainer.run import Run
 
 Item = TypeVar("Item")
@@ -65,5 +66,4 @@ def agree_to_stop(run: Run, stop: Stop, step: int) -> bool:
         return stop.received
     if step % run.config.training.log_every:
         return False
-    flag = torch.tensor(float(stop.received), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum").item())
+    return on_any_process(run.accelerator, stop.received)

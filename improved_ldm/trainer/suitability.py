@@ -1,4 +1,4 @@
-"""Whether the autoencoder and the text encoder of a run can serve its data, measured on a sample of it."""
+"""Whether the autoencoder and the text encoder of a run suit its data, measured on a sample of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Suitability:
-    """How networks serve a set.
+    """How well networks suit a set.
 
     Args:
         warnings: what they lose, with the figures and the key to change.

@@ -1,4 +1,4 @@
-"""What a run has come to, in words, for the end of its log."""
+"""The summary of a run at the end of its log."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -26,7 +26,7 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch that is what its tensors are: pixels and what belongs to them.
+    """A batch of tensors: pixels and what belongs to them, such as labels or tokens.
 
     Args:
         named: the tensors by name, one row per image.

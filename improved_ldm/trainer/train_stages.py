@@ -33,7 +33,7 @@ def train_stages(config: RunConfig, condition: Condition):
 
     Args:
         config: configuration of the whole run.
-        condition: what images are conditioned on, `class` or `text`; stages may say otherwise.
+        condition: what images are conditioned on, `class` or `text`; a stage can have another condition.
     """
     started = time.perf_counter()
     stages = list_stages(config, condition)

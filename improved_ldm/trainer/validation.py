@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from improved_ldm.data.latents import SampleEncoder
@@ -19,7 +18,7 @@ from improved_ldm.trainer.denoiser_task import DenoiserTask
 from improved_ldm.trainer.held_out import LEVELS, HeldOutImages, level_timesteps
 from improved_ldm.trainer.held_out_data import NO_SPLIT, HeldOut
 from improved_ldm.trainer.loss_plot import PICTURE, plot_loss
-from improved_ldm.trainer.reports import read_history
+from improved_ldm.trainer.reports import finite_or_none, read_history
 from improved_ldm.trainer.run import Run
 from improved_ldm.trainer.sample_distance import DISTANCES, SampleDistance
 
@@ -89,7 +88,8 @@ class Validation:
             losses = self.images.losses(model, self.objective)
             if losses is not None:
                 by_level = losses.double().mean(0)
-                values[name], values[f"{name}_by_level"] = _or_none(by_level.mean()), list(map(_or_none, by_level))
+                values[name] = finite_or_none(by_level.mean().item())
+                values[f"{name}_by_level"] = list(map(finite_or_none, by_level.tolist()))
         if not values:
             return {}
         timesteps = [round(timestep, 1) for timestep in level_timesteps(self.objective).tolist()]
@@ -151,7 +151,7 @@ def open_validation(
         few = f", all that there are of {config.num_images}" if images.count < config.num_images else ""
         run.say(
             f"held-out loss every {steps_between(run)} steps and at the end, on {images.count} images{few}: "
-            f"{held_out.places}, split {held_out.config.split!r}"
+            f"{held_out.described}"
         )
     if config.samples_every:
         distance = SampleDistance(run, held_out, pipeline)
@@ -175,11 +175,6 @@ def read_validation(folder: Path, say: Callable[[str], Any]) -> list[dict[str, A
 def held_out_at(records: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
     """The record with the held-out loss after a step; None if there is none."""
     return next((record for record in records if "loss" in record and record["step"] == step), None)
-
-
-def _or_none(value: torch.Tensor) -> float | None:
-    """A value for JSON, which has no NaN; None if it is not finite."""
-    return value.item() if value.isfinite() else None
 
 
 def _in_words(loss: float | None) -> str:

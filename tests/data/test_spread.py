@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_ldm.data.rows import stored_windows
 from improved_ldm.data.shards import LOST
 from improved_ldm.data.sources import open_rows
 from improved_ldm.data.spread import count_rows, spread_rows
+from improved_ldm.data.stored import stored_windows
 
 PNG = io.BytesIO()
 Image.new("RGB", (2, 2)).save(PNG, "PNG")

@@ -4,10 +4,10 @@ from collections import Counter
 import pytest
 
 from improved_ldm.data import tables
+from improved_ldm.data.kept_files import cached_file
 from improved_ldm.data.rows import BadRowError
 from improved_ldm.data.sources import CorruptImagesError, open_rows
 from improved_ldm.data.stored import stored_windows
-from improved_ldm.data.tables import cached_file
 from improved_ldm.data.tally import Tally
 from tests.data.sets import picture, write_parquet, write_shard
 

@@ -16,12 +16,13 @@ from improved_ldm.conditioning.text import TextTokens
 from improved_ldm.data.latents import EncodedBatch
 from improved_ldm.data.loader import first_batches
 from improved_ldm.data.sources import RowStream, open_rows
+from improved_ldm.data.spread import spread_if_possible
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.diffusion.objectives import make_objective
 from improved_ldm.seeds import normal
 from improved_ldm.trainer.config import RunConfig, TextConfig
 from improved_ldm.trainer.data import open_data
-from improved_ldm.trainer.held_out import LEVELS, level_losses, level_timesteps, measuring, spread
+from improved_ldm.trainer.held_out import LEVELS, level_losses, level_timesteps, measuring
 from improved_ldm.trainer.held_out_data import open_held_out
 from tests.data.sets import picture, write_parquet, write_shard
 from tests.data.test_indexed import layouts
@@ -262,7 +263,7 @@ def test_sources_have_the_split_in_common(tmp_path, split_set):
 @pytest.mark.parametrize("layout", ["parquet", "tar", "classes", "captioned"])
 def test_images_are_spread_over_a_set_that_is_sorted_by_class(tmp_path, layout):
     rows = open_rows(layouts(tmp_path)[layout], caption_column=None)
-    batches = list(first_batches(spread(rows, 12), ImageTransform(4), 12, 5))
+    batches = list(first_batches(spread_if_possible(rows, 12), ImageTransform(4), 12, 5))
     numbers = torch.cat([batch["pixels"][:, 0, 0, 0] for batch in batches]).tolist()  # the images' colours
     assert len(numbers) == 12 and {number // 40 for number in numbers} == set(range(6))
 

@@ -10,6 +10,7 @@ import yaml
 from improved_ldm.settings import ConfigError, parse_config
 from improved_ldm.trainer.config import RunConfig, TrainingConfig
 from improved_ldm.trainer.launcher_variables import LAUNCHER_VARIABLES
+from improved_ldm.trainer.loop_config import LoopConfig
 from tests.trainer.conftest import ROOT, load_script
 
 START = """
@@ -128,3 +129,17 @@ def test_a_wrong_value_of_the_launcher_is_named_as_the_launcher_sets_it(monkeypa
     with pytest.raises(ConfigError, match=f"{PRECISION} is 'int4'"):
         parse_config(RunConfig, ["--training.steps=3"])
     assert TrainingConfig(mixed_precision="bf16").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "configuration, can_compile",
+    [(TrainingConfig(steps=1), True), (LoopConfig(steps=1), False)],
+    ids=["denoiser", "network"],
+)
+def test_only_a_training_that_can_compile_is_told_to(monkeypatch, configuration, can_compile):
+    from improved_ldm.trainer.launcher import open_accelerator
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="which is not supported") as refused:
+        open_accelerator(configuration)
+    assert ("--training.compile" in str(refused.value)) == can_compile

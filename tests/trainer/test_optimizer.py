@@ -103,7 +103,7 @@ def test_an_average_that_goes_on_has_warmed_up():
     torch.manual_seed(0)
     earlier, model = nn.Linear(2, 2), nn.Linear(2, 2)
     average = WeightAverage(model, 0.9, warmup=True)
-    average.go_on_from(earlier)
+    average.start_from(earlier)
     average.update_parameters(model, torch.tensor(False))
     torch.testing.assert_close(average.module.weight, 0.9 * earlier.weight + 0.1 * model.weight)
 

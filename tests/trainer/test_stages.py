@@ -161,7 +161,7 @@ def test_optimizer_and_average_are_carried_or_begun_afresh(arguments, tmp_path, 
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # otherwise, the stage would resume with its own
     objective = make_objective("epsilon")
     start = begin_stage(stage, low, objective, factor=4)
-    assert start.denoiser.config.sample_size == 8 == 2 * low.config.sample_size
+    assert start.model.config.sample_size == 8 == 2 * low.config.sample_size
     if carried == "reset":
         assert start.averaged is None and start.optimizer_state is None
         return

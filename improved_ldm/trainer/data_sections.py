@@ -102,8 +102,7 @@ class ImageDataConfig(ImageRowsConfig):
     """Where the images come from."""
 
     source: Place = "embedded:fashion-mnist"
-    """`embedded:fashion-mnist` or `embedded:emoji`, a Hub dataset id, or a file or folder of parquet, webdataset
-    shards or images."""
+    """`embedded:fashion-mnist`, `embedded:emoji`, a Hub id, or a file or folder of parquet, webdataset or images."""
     sources: Annotated[tuple[ImageSourceConfig, ...], Field(max_length=MAX_SOURCES)] = ()
     """Several sets instead of `source`, each with a weight, and its own columns and filters."""
     split: Text = "train"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,13 @@ def image_sizes(rows: Rows, table: Table) -> np.ndarray:
     if len(table) < KEPT_FROM:
         return _read_sizes(rows, table)
     kept = cached_file(rows.files, [rows.image_column, "sizes"], ".npy")
-    write_once(kept, lambda unfinished: np.save(unfinished, _read_sizes(rows, table)))
+    write_once(kept, lambda unfinished: _save(unfinished, _read_sizes(rows, table)))
     return np.load(kept)
+
+
+def _save(path: Path, sizes: np.ndarray):
+    with path.open("wb") as file:  # given a path, NumPy would change its name
+        np.save(file, sizes)
 
 
 def _read_sizes(rows: Rows, table: Table) -> np.ndarray:

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from improved_ldm.data.fingerprint import file_stamp
 from improved_ldm.output import writing
+from improved_ldm.provenance import write_whole
 
 
 def cached_file(files: Sequence[str], what: Sequence[str], suffix: str) -> Path:
@@ -42,6 +43,4 @@ def write_once(file: Path, write: Callable[[Path], Any]):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():
-                unfinished = file.with_suffix(f".unfinished{file.suffix}")
-                write(unfinished)
-                unfinished.replace(file)
+                write_whole(file, write)

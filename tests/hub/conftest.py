@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,42 +10,32 @@ from PIL import Image
 from improved_ldm.hub.card import write_card
 from improved_ldm.trainer.config import RunConfig
 from tests.hub.minihub import MiniHub
+from tests.scripts import ROOT, ForkServer, ScriptProcess
 
-ROOT = Path(__file__).parents[2]
 PUBLISH = ROOT / "training" / "publish.py"
 TOKEN, STRANGERS_TOKEN = "hf_" + "Abc123" * 6, "hf_" + "Xyz789" * 6
-PATIENCE = 300  # time limit of a process in seconds
 
 
 class Clients:
     """Runs scripts with the real clients of the Hub. Each has its own process, which uses the double as the Hub.
 
     Args:
-        server: Process of `fork_server.py`.
-        folder: Folder for the output of the scripts.
+        server: Process that is forked for each script.
+        folder: Folder for files of the scripts.
     """
 
-    def __init__(self, server: subprocess.Popen, folder: Path):
+    def __init__(self, server: ForkServer, folder: Path):
         self.server, self.folder = server, folder
-        self.outputs: dict[int, Path] = {}
 
-    def start(self, script: Path, *arguments: str, token: str = TOKEN, **environment: str) -> int:
-        """Start a script and return its process id."""
-        output = self.folder / f"output-{len(self.outputs)}.txt"
-        environment = {"HF_TOKEN": token, **environment}
-        order = {"run": [str(script), *arguments], "output": str(output), "environment": environment}
-        process = self._ask(order | {"seconds": PATIENCE})
-        self.outputs[process] = output
-        return process
-
-    def wait(self, process: int) -> tuple[int, str]:
-        """Wait for the end of a process and return its exit code and output."""
-        return self._ask({"wait": process}), self.outputs[process].read_text(encoding="utf-8")
+    def start(self, script: Path, *arguments: str, token: str = TOKEN, **environment: str) -> ScriptProcess:
+        """Start a script."""
+        return self.server.start([script, *arguments], environment={"HF_TOKEN": token, **environment})
 
     def run(self, script: Path, *arguments: str, token: str = TOKEN, code: int = 0, **environment: str) -> str:
         """Run a script, check its exit code and return its output."""
-        reached, output = self.wait(self.start(script, *arguments, token=token, **environment))
-        assert reached == code, output
+        process = self.start(script, *arguments, token=token, **environment)
+        output = process.communicate()[0]
+        assert process.returncode == code, output
         return output
 
     def publish(self, folder: Path, version: str, *more: str, token: str = TOKEN, code: int = 0) -> str:
@@ -64,10 +52,6 @@ class Clients:
         kept = np.load(file)
         assert np.isfinite(kept["image"]).all()
         return kept["image"], json.loads(str(kept["lineage"]))
-
-    def _ask(self, order: dict) -> int:
-        print(json.dumps(order), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
 
 
 def publishing(folder: Path, version: str) -> list[str]:
@@ -93,12 +77,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fork_server(environment):
-    variables = environment[1] | {"HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "hub" / "fork_server.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=variables, text=True, **pipes) as server:
-        yield server
-        server.kill()
+    server = ForkServer(environment[1] | {"HF_HUB_DISABLE_XET": "1"})
+    yield server
+    server.process.kill()
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from improved_ldm.hub.content import folder_content, name_places_on_hub
 from improved_ldm.places import shareable_place
 from improved_ldm.trainer.config import AdapterRunConfig, RunConfig
 from improved_ldm.trainer.grids import control_views, sample_control_grid
-from tests.hub.conftest import ROOT, TOKEN
+from tests.hub.conftest import TOKEN
+from tests.scripts import ROOT
 
 METRICS = json.loads((ROOT / "training" / "results" / "quickstart" / "metrics.json").read_text(encoding="utf-8"))
 EVALUATION = {

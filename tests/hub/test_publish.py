@@ -1,6 +1,5 @@
 """`training/publish.py` with the real clients and a double of the Hub."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from PIL import Image
 
 from improved_ldm.hub.publish import publish
 from improved_ldm.hub.repository import HubError
-from tests.hub.conftest import PATIENCE, PUBLISH, ROOT, STRANGERS_TOKEN, TOKEN, publishing
+from tests.hub.conftest import PUBLISH, STRANGERS_TOKEN, TOKEN, publishing
 from tests.hub.minihub import Fault
+from tests.scripts import ROOT, SECONDS
 from tests.trainer.conftest import images  # noqa: F401  a fixture
 
 WEIGHTS = f"transformer/{SAFETENSORS_WEIGHTS_NAME}"
@@ -85,11 +85,11 @@ def test_a_killed_upload_is_finished_without_uploading_anything_twice(hub, clien
     folder = trained_folder()
     hub.stall_uploads(after=1)
     process = clients.start(PUBLISH, *publishing(folder, "v0.1"))
-    assert hub.stalled.wait(PATIENCE)
+    assert hub.stalled.wait(SECONDS)
     while not hub.uploads():
         time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    assert clients.wait(process)[0] == -signal.SIGKILL
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert len(hub.uploads()) == 1 and titles(hub) == ["initial commit"]
     hub.stall_uploads(after=None)
     clients.publish(folder, "v0.1")

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from improved_ldm.hub.local_folders import check_names_no_folders, rewrite_records
 from improved_ldm.places import local_folders
 from tests.conftest import ASSETS
-from tests.hub.conftest import PUBLISH, ROOT
+from tests.hub.conftest import PUBLISH
+from tests.scripts import ROOT
 from tests.trainer.conftest import images, make_arguments  # noqa: F401  a fixture
 
 STAGES = "[{resolution: 16, steps: 2}, {resolution: 32, steps: 2}]"

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import signal
 import tarfile
 import threading
@@ -13,8 +12,8 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub.conftest import PATIENCE, ROOT
 from tests.hub.minihub import Fault
+from tests.scripts import ROOT, SECONDS
 from tests.trainer.conftest import arguments, images  # noqa: F401  fixtures
 
 SHARDS = 6
@@ -177,10 +176,10 @@ def train(clients, arguments, tmp_path):  # noqa: F811
         argv = arguments(output, **options, **{"training.checkpoint_every": 5, "data.num_workers": num_workers})
         process = clients.start(TRAIN, *argv, **{**SHORT, **environment})
         if signal_at is not None:
-            assert signal_at.wait(PATIENCE)
-            os.kill(process, signal.SIGINT)
-        reached, said = clients.wait(process)
-        assert reached == code, said
+            assert signal_at.wait(SECONDS)
+            process.send_signal(signal.SIGINT)
+        said = process.communicate()[0]
+        assert process.returncode == code, said
         weights = tmp_path / output / "transformer" / "diffusion_pytorch_model.safetensors"
         return (weights.read_bytes() if weights.exists() else None), said
 
@@ -243,7 +242,7 @@ def test_ctrl_c_ends_a_run_before_its_first_step(hub, dataset, train, path):
 def interrupted(hub, train, num_workers: int = 0) -> tuple[str, float]:
     """Interrupt a run once the Hub stalls; returns its output and the seconds until it ended."""
     began, patient = [], {"HF_HUB_DOWNLOAD_TIMEOUT": "10", "IMPROVED_LDM_RETRY_SECONDS": "600"}
-    noted = threading.Thread(target=lambda: hub.stalled.wait(PATIENCE) and began.append(time.monotonic()))
+    noted = threading.Thread(target=lambda: hub.stalled.wait(SECONDS) and began.append(time.monotonic()))
     noted.start()
     _, output = train("run", code=1, num_workers=num_workers, signal_at=hub.stalled, **patient)
     noted.join()

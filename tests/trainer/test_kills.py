@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from improved_ldm.trainer.meter import MEASURED
 from tests.data.test_indexed import write_folder
+from tests.scripts import ScriptProcess, launch
 from tests.trainer.conftest import OPTIONS, load_script
-from tests.trainer.test_runs import launch
 
 TIMEOUT = 240
 
@@ -108,7 +108,7 @@ def argv(arguments, base, sets) -> Callable[[Scenario, str, int], list[str]]:
     return make
 
 
-def kill(process: subprocess.Popen):
+def kill(process: ScriptProcess):
     """Kill a process and its children, workers first, because the launcher would terminate them gracefully."""
     everyone = psutil.Process(process.pid).children(recursive=True)
     for one in (*everyone, process):

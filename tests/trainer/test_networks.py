@@ -23,9 +23,9 @@ from improved_ldm.trainer.config import DataConfig
 from improved_ldm.trainer.data import open_images
 from improved_ldm.trainer.judge_task import JudgeTask
 from improved_ldm.trainer.network_run import whole_images
+from tests.scripts import launch
 from tests.trainer.conftest import ROOT, load_script
 from tests.trainer.test_kills import history, kill
-from tests.trainer.test_runs import launch
 
 FASHION = ROOT / "improved_ldm" / "assets" / "fashion-mnist"
 COUNT = 48  # images per split

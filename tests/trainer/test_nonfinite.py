@@ -16,8 +16,9 @@ from improved_ldm.manifest import write_manifest
 from improved_ldm.trainer.config import OptimizerConfig
 from improved_ldm.trainer.nonfinite import NonFiniteLossError, pass_nonfinite_to_gradient
 from improved_ldm.trainer.optimizer import WeightAverage, make_optimizer
+from tests.scripts import launch
 from tests.trainer.conftest import load_script, make_arguments
-from tests.trainer.test_runs import assert_same_weights, launch, weights
+from tests.trainer.test_runs import assert_same_weights, weights
 
 STEPS = {"training.steps": 12, "training.checkpoint_every": 4}  # each of the 96 images is seen once
 

@@ -12,8 +12,8 @@ import pytest
 from improved_ldm.hub.repository import HubError
 from improved_ldm.manifest import find_damage
 from improved_ldm.trainer.lock import LOCK, Owner, lock_folder, released_locks
+from tests.scripts import ScriptProcess, launch, wait_for
 from tests.trainer.conftest import load_script
-from tests.trainer.test_runs import launch, wait_for
 
 ENDLESS = {"training.steps": 100_000, "cache.passes": 0}
 
@@ -30,7 +30,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def assert_one_line(process: subprocess.Popen, *parts: str) -> str:
+def assert_one_line(process: ScriptProcess, *parts: str) -> str:
     """Check that a run ends with status 1 and a one-line error that contains these parts."""
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 1, output

@@ -11,9 +11,9 @@ from improved_ldm.manifest import find_damage, write_manifest
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.reports import Progress
 from improved_ldm.trainer.run import start_run
+from tests.scripts import launch
 from tests.trainer.conftest import load_script
 from tests.trainer.test_kills import assert_same_run, history
-from tests.trainer.test_runs import launch
 from tests.trainer.test_stages import STAGES, staged
 
 STREAMED = {"cache.passes": 0, "training.log_every": 3}

@@ -1,10 +1,7 @@
 """Complete small runs of the training scripts on real images."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from improved_ldm.models.family import DENOISERS
 from improved_ldm.trainer.meter import MEASURED
 from improved_ldm.trainer.nonfinite import NonFiniteLossError
 from improved_ldm.trainer.reports import read_history
+from tests.scripts import launch, wait_for
 from tests.trainer.conftest import ROOT, load_script
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -35,28 +33,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_weights(one: Path, other: Path):
     torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
-
-
-def launch(arguments: list[str], script: str = "train_t2i", processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(ROOT / "training" / f"{script}.py"), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
 
 
 def test_a_run_leaves_a_complete_folder(arguments, tmp_path):

@@ -22,8 +22,9 @@ from improved_ldm.trainer.checkpoints import checkpoint_path, read_weights
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.stages import list_stages
 from improved_ldm.transfer import change_conditions
+from tests.scripts import launch, wait_for
 from tests.trainer.conftest import NUM_IMAGES, ROOT, load_script, make_arguments
-from tests.trainer.test_runs import assert_same_weights, launch, wait_for
+from tests.trainer.test_runs import assert_same_weights
 
 CONFIGS = ROOT / "training" / "configs"
 CLASSES_THEN_TEXT = "[{resolution: 32, steps: 3}, {resolution: 32, steps: 3, condition: text, max_tokens: 16}]"

@@ -17,8 +17,9 @@ from improved_ldm.settings import parse_config
 from improved_ldm.trainer.config import RunConfig
 from improved_ldm.trainer.stages import begin_stage, list_stages
 from improved_ldm.transfer import transfer
+from tests.scripts import launch, wait_for
 from tests.trainer.conftest import ROOT, load_script
-from tests.trainer.test_runs import assert_same_weights, launch, wait_for
+from tests.trainer.test_runs import assert_same_weights
 
 STAGES = "[{resolution: 16, steps: 4}, {resolution: 32, steps: 4, batch_size: 4, learning_rate: 5.0e-4}]"
 

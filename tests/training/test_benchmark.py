@@ -78,7 +78,7 @@ def test_decoding_is_compared_for_each_format(tmp_path, capsys):
     rows = report["results"]
     assert [row["format"] for row in rows] == ["JPEG", "WEBP", "PNG"]
     # JPEG images are decoded at half their size, and images of all formats are scaled faster
-    assert rows[0]["image_feature"]["ratio"] < 0.9 and rows[0]["diffusers_example"]["ratio"] < 0.6
+    assert rows[0]["image_feature"]["ratio"] < 0.85 and rows[0]["diffusers_example"]["ratio"] < 0.6
     assert all(row["diffusers_example"]["ratio"] < 0.95 for row in rows)
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert header.split(" | ")[1:4] == ["diffusers_example", "image_feature", "ours_per_second"]

@@ -1,9 +1,6 @@
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,8 @@ from improved_ldm.evaluation.request import EvaluateConfig
 from improved_ldm.hub.card import write_card
 from improved_ldm.settings import ConfigError, parse_config
 from improved_ldm.trainer.config import RunConfig
+from tests import scripts
+from tests.scripts import ScriptProcess
 from training import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -71,17 +70,8 @@ def run(output: Path, values: dict) -> dict:
     return json.loads((output / name).read_text(encoding="utf-8"))
 
 
-def launch(output: Path, values: dict, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [*command, str(ROOT / "training" / "evaluate.py"), *arguments(output, values)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def launch(output: Path, values: dict, processes: int = 1) -> ScriptProcess:
+    return scripts.launch(arguments(output, values), "evaluate", processes)
 
 
 def images(folder: Path) -> dict[str, bytes]:

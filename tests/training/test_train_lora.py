@@ -1,11 +1,8 @@
 """Training of adapters: complete small runs of the script on real images."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
-import time
 
 import datasets
 import pytest
@@ -22,6 +19,7 @@ from improved_ldm.settings import ConfigError, parse_config
 from improved_ldm.trainer.adapters import fill_from_base
 from improved_ldm.trainer.config import AdapterRunConfig
 from tests.conftest import ASSETS
+from tests.scripts import launch, wait_for
 from tests.trainer.conftest import ROOT, load_script
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -178,19 +176,8 @@ def test_a_run_in_two_parts_is_the_same_run(arguments, tmp_path, options):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(arguments, tmp_path):
-    command = [sys.executable, str(ROOT / "training" / "train_lora.py")]
-    process = subprocess.Popen(
-        [*command, *arguments("killed", **{"training.steps": 100_000})],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "step-00000004").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = launch(arguments("killed", **{"training.steps": 100_000}), "train_lora")
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000004", process)
     process.kill()
     process.wait()
     reached = max(int(path.name[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))

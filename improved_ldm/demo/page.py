@@ -55,42 +55,42 @@ def build_demo(
     studio = Studio(pipeline, model, first_prompt() if prompt is None else prompt)
     first, limits, read = studio.first, studio.limits, pipeline.denoiser.control_inputs
     is_steered = any(row.shown(pipeline.default_image_size) for row in variables_read(read))
-    picture = picture_url(studio.first_images[0])
 
     def end_visit(request: gr.Request):
         demo.state_holder.delete_state(request.session_hash)  # which calls `forget`
 
     with Page(studio.pictures, title="improved_ldm", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(_head(pipeline, model), apply_default_css=False)
-        gr.HTML(html.escape(about), apply_default_css=False, visible=bool(about), elem_id="about")
         history = gr.State([first], time_to_live=VISIT, delete_callback=studio.forget)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=60, min_width=340):
-                with gr.Row(elem_id="pictures"):
-                    plain = _image_output("Plain", "plain", first.plain, visible=is_steered)
-                    asked = _image_output("As asked, equal seed", "asked", first.asked)
-                gallery = _gallery(studio.gallery([first]))
-            with gr.Column(scale=53, min_width=340, elem_id="settings"):
+        with gr.Row(elem_id="page"):
+            gr.HTML(html.escape(about), apply_default_css=False, visible=bool(about), elem_id="about")
+            with gr.Row(elem_id="pictures"):
+                plain = _image_output("Plain", "plain", first.plain, visible=is_steered)
+                asked = _image_output("As asked, equal seed", "asked", first.asked)
+            with gr.Column(elem_id="settings"):
                 with gr.Row(equal_height=False):
                     with gr.Column(scale=26, min_width=240):
                         subject = _subject_input(pipeline, first.settings)
                         seed, any_seed = _seed_input(first.settings)
-                        scales = _scale_inputs(studio, is_steered)
-                    with gr.Column(scale=27, min_width=260, visible=is_steered):
+                        guidance, steps = _guidance_input(studio), _steps_input(studio)
+                    with gr.Column(scale=27, min_width=260, visible=bool(read)):
                         editor = view_editor(
                             first.settings.view,
                             read,
                             limits.side.maximum,
                             limits.shapes,
-                            picture,
+                            picture_url(studio.first_images[0]),
                             container=True,
+                            visible=is_steered,
                             elem_id="view",
                         )
+                        control_guidance = _control_guidance_input(studio, is_steered)
                 with gr.Row(elem_id="actions"):
                     draw_button = gr.Button("Draw", variant="primary", elem_id="draw")
                     link = _link_button(write_link(first.settings, limits))
+            gallery = _gallery(studio.gallery([first]))
 
-        inputs = [subject, seed, *scales, editor]  # in the order of Settings
+        inputs = [subject, seed, guidance, control_guidance, steps, editor]  # in the order of Settings
         outputs = [history, gallery, link, seed, editor, plain, asked]
         signature = _with_name(studio.draw, "subject", limits.subject)  # the names in the API
         draws = {
@@ -154,39 +154,39 @@ def _seed_input(first: Settings) -> tuple[gr.Number, gr.Button]:
         return seed, gr.Button("Random", size="sm", min_width=80, elem_id="any-seed")
 
 
-def _scale_inputs(studio: Studio, is_steered: bool) -> list[Component]:
-    """The inputs for both guidance scales, each above a strip of what it changes, and for the number of steps."""
-    pipeline, limits, first = studio.pipeline, studio.limits, studio.first.settings
-    plain, asked = studio.first_images
-    guidance = _slider(limits.guidance_scale, first.guidance_scale, 0.1, label="Guidance", elem_id="guidance")
-    word = "prompt" if pipeline.takes_text else "class"
-    _strip(guidance_strip(pipeline, first, plain, limits.guidance_scale.maximum), f"how strictly the {word} holds")
-    reads_control, control = bool(pipeline.denoiser.control_inputs), limits.control_guidance_scale
-    control_guidance = _slider(
-        control,
-        first.control_guidance_scale,
-        0.1,
-        label="Control guidance",
-        visible=reads_control,
-        elem_id="control-guidance",
-    )
+def _guidance_input(studio: Studio) -> gr.Slider:
+    pipeline, limit, first = studio.pipeline, studio.limits.guidance_scale, studio.first.settings
+    slider = _slider(limit, first.guidance_scale, 0.1, label="Guidance", elem_id="guidance")
+    strip = guidance_strip(pipeline, first, studio.first_images[0], limit.maximum)
+    _show_strip(strip, f"how strictly the {'prompt' if pipeline.takes_text else 'class'} holds")
+    return slider
+
+
+def _control_guidance_input(studio: Studio, is_steered: bool) -> gr.Slider:
+    limit, first = studio.limits.control_guidance_scale, studio.first.settings
+    value = first.control_guidance_scale
+    slider = _slider(limit, value, 0.1, label="Control guidance", elem_id="control-guidance")
     if is_steered:
-        _strip(control_strip(pipeline, first, asked), "how strongly the view acts")
-    steps = _slider(limits.num_inference_steps, first.num_inference_steps, 1, label="Steps", elem_id="steps")
-    return [guidance, control_guidance, steps]
+        _show_strip(control_strip(studio.pipeline, first, studio.first_images[1]), "how strongly the view acts")
+    return slider
+
+
+def _steps_input(studio: Studio) -> gr.Slider:
+    steps = studio.first.settings.num_inference_steps
+    return _slider(studio.limits.num_inference_steps, steps, 1, label="Steps", elem_id="steps")
 
 
 def _slider(values: Range, value: float, step: float, **kwargs) -> gr.Slider:
     return gr.Slider(values.minimum, values.maximum, value, step=step, **kwargs)
 
 
-def _strip(strip: Strip, meaning: str):
-    """Small images above the values of a scale that they are drawn with."""
+def _show_strip(strip: Strip, meaning: str):
+    """Show small images above the values of a scale that they are drawn with."""
     figures = "".join(
         f"<figure><img src='{picture_url(image)}' alt='' /><figcaption>{value:g}</figcaption></figure>"
         for value, image in strip
     )
-    gr.HTML(f"<p>{meaning}</p>{figures}", apply_default_css=False, elem_classes="strip")
+    gr.HTML(f"<div class='strip'><p>{meaning}</p>{figures}</div>", apply_default_css=False)
 
 
 def _image_output(label: str, name: str, file: str, visible: bool = True) -> gr.Image:

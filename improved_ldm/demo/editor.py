@@ -10,7 +10,6 @@ from PIL import Image
 
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.demo.comparison import CHOICES, View
-from improved_ldm.resolution import resolution_of, size_text
 
 HERE = Path(__file__).parent
 PLACE_OF_CHOICES = "<!-- choices -->"  # placeholder in the template
@@ -45,7 +44,7 @@ def view_editor(
         label="View",  # its name in the API
         side=side,
         reads=" ".join(sorted(read)),
-        shapes=[[label, size_text(resolution_of(*size)), *size] for label, size in from_tallest],
+        shapes=[[label, f"{size[0]}×{size[1]}", *size] for label, size in from_tallest],
         picture=picture,
         **kwargs,
     )

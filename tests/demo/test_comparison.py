@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control
+from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control, whole_image_size
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.demo.comparison import (
     CHOICES,
     Settings,
@@ -12,6 +13,7 @@ from improved_ldm.demo.comparison import (
     compare,
     default_view,
     described,
+    shapes,
     view_arguments,
     whole_view,
 )
@@ -27,13 +29,14 @@ def views(draw):
 
 
 def view_of(side, top, left, height, width, flip=False) -> View:
-    return {"original_size": side, "top": top, "left": left, "height": height, "width": width, "flip": flip}
+    rectangle = {"original_size": side, "top": top, "left": left, "height": height, "width": width}
+    return {**rectangle, "flip": flip, "shape": ""}
 
 
 @given(views())
 def test_every_view_inside_the_image_is_the_control_of_the_same_rectangle(view):
     control = Control(target_size=(8, 8), **view_arguments(view, CONTROL_INPUTS))
-    side, *rectangle, flip = view.values()
+    side, *rectangle, flip, _ = view.values()
     assert control.to_row()[:9] == [side, side, *rectangle, 8, 8, float(flip)]
 
 
@@ -78,6 +81,43 @@ def test_a_default_original_size_holds_for_the_plain_image(text_pipeline, settin
     pipe.register_to_config(default_original_size=5)
     plain, asked = compare(pipe, settings._replace(view=whole_view(5, CONTROL_INPUTS)))
     _assert_same(plain, asked)
+
+
+@pytest.fixture
+def shaped_pipeline(class_pipeline):
+    """A pipeline of 8 x 8 images that is known to have seen aspect ratios from 1:2 to 2:1."""
+    return with_shapes(class_pipeline())
+
+
+def with_shapes(pipe):
+    ranges = ControlRanges({})
+    for size in ((4, 8), (8, 4)):
+        ranges.add(torch.tensor([Control.of_whole_image(size, size, flip).to_row() for flip in (False, True)]))
+    pipe.register_to_config(control_seen=ranges.record())
+    return pipe
+
+
+def test_shapes_are_those_that_the_model_is_known_to_have_seen(class_pipeline, shaped_pipeline):
+    assert shapes(class_pipeline()) == {"": (8, 8)}  # nothing is known
+    found = shapes(shaped_pipeline)
+    assert next(iter(found.items())) == ("", (8, 8)) and len(found) > 2
+    multiple = shaped_pipeline.vae_scale_factor * shaped_pipeline.denoiser.patch_size
+    for label, size in found.items():
+        assert label in ("", "{}x{}".format(*size)) and not any(side % multiple for side in size)
+        assert max(size) <= 2 * min(size)
+    transposed = {size[::-1] for size in found.values()}
+    assert transposed == set(found.values())
+
+
+def test_a_shape_is_drawn_and_its_whole_view_is_that_of_the_pipeline(shaped_pipeline, settings):
+    for label, size in shapes(shaped_pipeline).items():
+        view = default_view(shaped_pipeline, label)
+        plain, asked = compare(shaped_pipeline, settings._replace(subject=1, view=view))
+        assert (plain.height, plain.width) == size
+        _assert_same(plain, asked)
+        arguments = view_arguments(view, CONTROL_INPUTS, size)
+        control = Control(target_size=size, **arguments)
+        assert control == Control.of_whole_image(whole_image_size(size, 8), size)
 
 
 def test_progress_counts_the_steps(text_pipeline, settings):

@@ -63,7 +63,9 @@ def build_demo(
         gr.HTML(_head(pipeline, model), apply_default_css=False)
         history = gr.State([first], time_to_live=VISIT, delete_callback=studio.forget)
         with gr.Row(elem_id="page"):
-            gr.HTML(html.escape(about), apply_default_css=False, visible=bool(about), elem_id="about")
+            gr.HTML(
+                html.escape(about), apply_default_css=False, visible=bool(about), elem_id="about", elem_classes="bare"
+            )
             with gr.Row(elem_id="pictures"):
                 plain = _image_output("Plain", "plain", first.plain, visible=is_steered)
                 asked = _image_output("As asked, equal seed", "asked", first.asked)
@@ -186,7 +188,7 @@ def _show_strip(strip: Strip, meaning: str):
         f"<figure><img src='{picture_url(image)}' alt='' /><figcaption>{value:g}</figcaption></figure>"
         for value, image in strip
     )
-    gr.HTML(f"<div class='strip'><p>{meaning}</p>{figures}</div>", apply_default_css=False)
+    gr.HTML(f"<div class='strip'><p>{meaning}</p>{figures}</div>", apply_default_css=False, elem_classes="bare")
 
 
 def _image_output(label: str, name: str, file: str, visible: bool = True) -> gr.Image:
@@ -230,6 +232,7 @@ def _link_button(query: str) -> gr.HTML:
         apply_default_css=False,
         label="Link",  # its name in the API
         elem_id="link",
+        elem_classes="bare",
     )
 
 

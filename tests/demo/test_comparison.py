@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from improved_ldm import ImprovedLDMPipeline
 from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control, whole_image_size
 from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.demo.comparison import (
@@ -85,31 +86,22 @@ def test_a_default_original_size_holds_for_the_plain_image(text_pipeline, settin
 
 @pytest.fixture
 def shaped_pipeline(class_pipeline):
-    """A pipeline of 8 x 8 images that is known to have seen aspect ratios from 1:2 to 2:1."""
-    return with_shapes(class_pipeline())
-
-
-def with_shapes(pipe):
+    """A pipeline of 24 x 24 images, 3 x 3 patches, that is known to have seen aspect ratios from 1:2 to 2:1."""
     ranges = ControlRanges({})
-    for size in ((4, 8), (8, 4)):
+    for size in ((12, 24), (24, 12)):
         ranges.add(torch.tensor([Control.of_whole_image(size, size, flip).to_row() for flip in (False, True)]))
-    pipe.register_to_config(control_seen=ranges.record())
-    return pipe
+    return ImprovedLDMPipeline(**class_pipeline().components, default_size=(24, 24), control_seen=ranges.record())
 
 
 def test_shapes_are_those_that_the_model_is_known_to_have_seen(class_pipeline, shaped_pipeline):
     assert shapes(class_pipeline()) == {"": (8, 8)}  # nothing is known
-    found = shapes(shaped_pipeline)
-    assert next(iter(found.items())) == ("", (8, 8)) and len(found) > 2
-    multiple = shaped_pipeline.vae_scale_factor * shaped_pipeline.denoiser.patch_size
-    for label, size in found.items():
-        assert label in ("", "{}x{}".format(*size)) and not any(side % multiple for side in size)
-        assert max(size) <= 2 * min(size)
-    transposed = {size[::-1] for size in found.values()}
-    assert transposed == set(found.values())
+    assert shapes(shaped_pipeline) == {"": (24, 24), "32x16": (32, 16), "16x32": (16, 32)}
+    wide = ImprovedLDMPipeline(**shaped_pipeline.components, default_size=(16, 32))
+    assert shapes(wide) == {"": (16, 32), "32x16": (32, 16), "24": (24, 24)}
 
 
 def test_a_shape_is_drawn_and_its_whole_view_is_that_of_the_pipeline(shaped_pipeline, settings):
+    side = shaped_pipeline.default_original_side
     for label, size in shapes(shaped_pipeline).items():
         view = default_view(shaped_pipeline, label)
         plain, asked = compare(shaped_pipeline, settings._replace(subject=1, view=view))
@@ -117,7 +109,7 @@ def test_a_shape_is_drawn_and_its_whole_view_is_that_of_the_pipeline(shaped_pipe
         _assert_same(plain, asked)
         arguments = view_arguments(view, CONTROL_INPUTS, size)
         control = Control(target_size=size, **arguments)
-        assert control == Control.of_whole_image(whole_image_size(size, 8), size)
+        assert control == Control.of_whole_image(whole_image_size(size, side), size)
 
 
 def test_progress_counts_the_steps(text_pipeline, settings):

@@ -23,7 +23,7 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def text_page(text_pipeline):
     """The limits and the first settings of a page of 8 x 8 images."""
     pipe = text_pipeline()

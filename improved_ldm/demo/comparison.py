@@ -35,16 +35,16 @@ CHOICES = tuple(
 def shapes(pipeline: ImprovedLDMPipeline) -> dict[str, tuple[int, int]]:
     """The (height, width) in pixels that a pipeline can sample with about its default number of pixels, by label.
 
-    The default has the label "" and comes first. The others, in order of their width, are those that the pipeline is
-    known to have been trained with.
+    The default has the label "" and comes first. The others, from the tallest to the widest, are those that the
+    pipeline is known to have been trained with.
     """
     multiple = pipeline.vae_scale_factor * pipeline.denoiser.patch_size
     default = pipeline.default_size
     area = default[0] * default[1] / multiple**2  # in patches
-    widths = range(1, int((MAX_RATIO * area) ** 0.5) + 1)
-    sizes = [(round(area / width) * multiple, width * multiple) for width in widths]
-    near = [size for size in sizes if max(size) <= MAX_RATIO * min(size) and size != default]
-    others = {size_text(resolution_of(*size)): size for size in near if pipeline.saw_shape(*size)}
+    sides = [(side, round(area / side)) for side in range(1, int((MAX_RATIO * area) ** 0.5) + 1)]
+    sizes = {(height * multiple, width * multiple) for pair in sides for height, width in (pair, pair[::-1])}
+    near = [size for size in sizes - {default} if max(size) <= MAX_RATIO * min(size) and pipeline.saw_shape(*size)]
+    others = {size_text(resolution_of(*size)): size for size in sorted(near, key=lambda size: size[1] / size[0])}
     return {"": default, **others}
 
 

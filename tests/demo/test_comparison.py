@@ -95,9 +95,17 @@ def shaped_pipeline(class_pipeline):
 
 def test_shapes_are_those_that_the_model_is_known_to_have_seen(class_pipeline, shaped_pipeline):
     assert shapes(class_pipeline()) == {"": (8, 8)}  # nothing is known
-    assert shapes(shaped_pipeline) == {"": (24, 24), "32x16": (32, 16), "16x32": (16, 32)}
+    assert shapes(shaped_pipeline) == {
+        "": (24, 24),
+        "32x16": (32, 16),
+        "28x20": (28, 20),
+        "20x28": (20, 28),
+        "16x32": (16, 32),
+    }
     wide = ImprovedLDMPipeline(**shaped_pipeline.components, default_size=(16, 32))
-    assert shapes(wide) == {"": (16, 32), "32x16": (32, 16), "24": (24, 24)}
+    labels, sizes = shapes(wide).keys(), list(shapes(wide).values())
+    assert sizes[0] == (16, 32) and "" in labels and "24x20" in labels and "16x32" not in labels
+    assert sizes[1:] == sorted(sizes[1:], key=lambda size: size[1] / size[0])
 
 
 def test_a_shape_is_drawn_and_its_whole_view_is_that_of_the_pipeline(shaped_pipeline, settings):

@@ -186,5 +186,6 @@ for (const choice of choices) {
 }
 input("original_size").addEventListener("input", ({ target }) => resize(target.valueAsNumber));
 input("whole").addEventListener("click", () => change({ top: 0, left: 0, height: Infinity, width: Infinity }));
-watch(["value", "picture"], show);
+watch("value", show);
+element.querySelector("img").addEventListener("load", show);
 show();

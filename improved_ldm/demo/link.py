@@ -33,8 +33,11 @@ def read_link(query: str, limits: Limits, first: Settings) -> tuple[Settings, li
         The settings, and the names in the query that are no settings.
 
     Raises:
+        TypeError: If the query is no text.
         ValueError: If a value is out of bounds or given twice. The message names the first such value.
     """
+    if not isinstance(query, str):
+        raise TypeError(f"`query` is {shown(query)}; it must be text.")
     pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_VALUES)
     given = dict(pairs)
     if len(pairs) > len(given):

@@ -94,11 +94,10 @@ class Studio:
 
     def open_link(self, opened: gr.EventData):
         """The settings in the query of the page's address."""
-        query = getattr(opened, "query", None)  # a client can send any event
         try:
-            if not isinstance(query, str):
-                raise ValueError("it has no query.")
-            settings, unknown = read_link(query, self.limits, self.first.settings)
+            settings, unknown = read_link(opened.query, self.limits, self.first.settings)
+        except (AttributeError, TypeError):  # a client can send any event
+            refuse("the link is not opened: it has no query.")
         except ValueError as error:
             refuse(f"the link is not opened: {error}")
         if unknown:

@@ -204,7 +204,7 @@ def test_a_choice_that_is_not_in_the_gallery_is_one_line(page, caplog, capfd, ch
     session = secrets.token_hex()
     body = {"data": [None], "fn_index": _function(page, "go_back"), "session_hash": session, "event_data": chosen}
     assert _post(page, "queue/join", json=body).status_code == 200
-    assert "the chosen drawing is not one of the 0 in the gallery." in _messages(page, session)
+    assert "the chosen drawing is not one of the 1 in the gallery." in _messages(page, session)
     assert len(caplog.records) == 1 and capfd.readouterr().err == ""
 
 

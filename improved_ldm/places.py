@@ -100,6 +100,16 @@ def shareable_place(place: str) -> str:
     return f"{kind}:{shareable_place(file)}" if colon and Path(file).is_absolute() and not is_url else place
 
 
+def name_of(place: str) -> str:
+    """The name of a pipeline's place without any folder: a Hub id or an `embedded:` name, else the path's last part.
+
+    Args:
+        place: A path, a `file:` URL, a Hub id or an `embedded:` name.
+    """
+    is_named = place.startswith("embedded:") or is_hub_id(place)
+    return place if is_named else os.path.basename(os.path.abspath(place))
+
+
 def _climbs_above_home(path: Path) -> bool:
     """Whether a relative path goes up so far that it contains names of the folders above the home directory."""
     up = sum(1 for _ in itertools.takewhile(lambda part: part == "..", path.parts))

@@ -19,7 +19,8 @@ MAX_LINES = 350
 # Modules that every subpackage may import; they import only one another.
 HELPERS = {
     *("autoencoder", "bounds", "compatibility", "exits", "lineage", "loading", "manifest", "naming", "output"),
-    *("places", "plain_yaml", "provenance", "resolution", "seeds", "settings", "settings_help", "version"),
+    *("picture_text", "places", "plain_yaml", "provenance", "resolution", "seeds", "settings", "settings_help"),
+    "version",
 }
 # The other subpackages, and what each may import besides these modules.
 ARROWS = {

@@ -53,17 +53,18 @@ def crop_arguments(
     }
 
 
-RECTANGLE = ("original_size", "top", "left", "height", "width")  # of a square image, as single numbers
-
-
-def rectangle_arguments(side: float, *rectangle: float) -> dict[str, tuple[float, float]]:
-    """The control arguments for a `RECTANGLE`, in pixels."""
-    return {"original_size": (side, side), **crop_arguments(*rectangle)}
+RECTANGLE = ("original_size", "top", "left", "height", "width")  # as single numbers; the first is the shorter side
+ASPECT_RATIO = "target_size"  # the variable whose quantity is the aspect ratio of a sample
 
 
 def whole_image_size(drawn: Size, side: float) -> Size:
     """(height, width) of the image with the shorter side `side` and the aspect ratio of a sample (height, width)."""
     return tuple(side * length / min(drawn) for length in drawn)
+
+
+def rectangle_arguments(drawn: Size, side: float, *rectangle: float) -> dict[str, tuple[float, float]]:
+    """The control arguments for a `RECTANGLE`, in pixels, of an image with the aspect ratio of a sample."""
+    return {"original_size": whole_image_size(drawn, side), **crop_arguments(*rectangle)}
 
 
 def _default_original_size(asked: dict[str, Any], drawn: Size, side: float) -> Size:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from improved_ldm.demo.bundled import BUNDLED, about_bundled, load_bundled
+from improved_ldm.demo.bundled import BUNDLED, about_bundled, first_prompt, load_bundled
 from improved_ldm.demo.limits import MAX_WAITING
 from improved_ldm.exits import ArgumentParser, exit_on_error, leave
 from improved_ldm.open_pipeline import open_pipeline
@@ -57,6 +57,9 @@ def main(argv: list[str]):
         metavar="N",
         help="maximum number of waiting requests; further ones are refused; default: %(default)s",
     )
+    parser.add_argument(
+        "--prompt", default=first_prompt(), metavar="TEXT", help="first prompt of a text model; default: %(default)s"
+    )
     parser.add_argument("--share", action="store_true", help="also create a public link through Gradio's server")
     arguments = parser.parse_args(argv)
     try:
@@ -69,7 +72,11 @@ def main(argv: list[str]):
         leave(f"{arguments.pipeline!r} does not load: {error}")
     about = about_bundled() if arguments.pipeline == BUNDLED else ""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    demo = build_demo(pipeline, arguments.pipeline, about, arguments.queue)
+    print("drawing the first images")
+    try:
+        demo = build_demo(pipeline, arguments.pipeline, about, arguments.queue, arguments.prompt)
+    except ValueError as error:
+        leave(f"the first images are not drawn: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # exit normally, so that the images are removed
     try:
         demo.launch(
@@ -92,15 +99,9 @@ def load_pipeline(place: str) -> ImprovedLDMPipeline:
 
     Raises:
         OSError: If there is no pipeline.
-        ValueError: If the pipeline belongs to another family, or its samples are not square.
+        ValueError: If the pipeline belongs to another family.
     """
-    if place == BUNDLED:
-        return load_bundled()
-    pipeline = open_pipeline(place)
-    height, width = pipeline.default_size
-    if height != width:
-        raise ValueError(f"it samples {height}x{width} pixels; the page shows views of square images only.")
-    return pipeline
+    return load_bundled() if place == BUNDLED else open_pipeline(place)
 
 
 def _whole_number(maximum: int) -> Callable[[str], int]:

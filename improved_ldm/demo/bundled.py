@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,6 +12,7 @@ from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import resolve
 
 BUNDLED = "embedded:demo"
+OPENING = "opening.json"  # the first prompt, and what the pipeline knows
 FOLDER = Path(resolve(BUNDLED))
 
 
@@ -26,12 +28,20 @@ def load_bundled() -> ImprovedLDMPipeline:
     )
 
 
+def first_prompt() -> str:
+    """The prompt with which the page of the bundled pipeline starts."""
+    return _read(OPENING)["prompt"]
+
+
 def about_bundled() -> str:
     """A description of the bundled pipeline with its measured numbers."""
-    metrics = json.loads((FOLDER / "metrics.json").read_text(encoding="utf-8"))
+    metrics = _read("metrics.json")
     return (
         f"A tiny model: {metrics['parameters'] / 1e6:.1f} M parameters, trained and measured in "
-        f"{metrics['seconds'] / 60:.0f} minutes on one CPU core. It knows small grey pictures of T-shirts, "
-        "trousers, pullovers, dresses, coats, sandals, shirts, sneakers, bags and ankle boots, and nothing else; "
-        f"{metrics['obedience']['class_accuracy']:.0%} of its samples show what was asked for."
+        f"{metrics['seconds'] / 60:.0f} minutes on one CPU core. It knows {_read(OPENING)['knows']}, and nothing "
+        f"else; {metrics['obedience']['class_accuracy']:.0%} of its samples show what was asked for."
     )
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))

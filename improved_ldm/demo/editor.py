@@ -8,7 +8,6 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from improved_ldm.conditioning.control import RECTANGLE
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.demo.comparison import CHOICES, View
 
@@ -17,17 +16,22 @@ PLACE_OF_CHOICES = "<!-- choices -->"  # placeholder in the template
 BY_DEFAULT = "as it comes"
 
 
-def view_editor(view: View, read: frozenset[str], **kwargs) -> gr.HTML:
+def view_editor(
+    view: View, read: frozenset[str], side: float, shapes: dict[str, tuple[int, int]], picture: str, **kwargs
+) -> gr.HTML:
     """A component whose value is a `View` that all its inputs show and edit.
 
     Its property `picture` is the URL of the image below the rectangle.
 
     Args:
-        view: Initial view of the whole image. Its side is the largest that can be requested.
+        view: Initial view.
         read: `control_inputs` of the denoiser; only these are shown.
+        side: Largest side that can be requested.
+        shapes: Sizes of samples by label, from which a shape can be chosen if there are several.
+        picture: Initial URL of the image below the rectangle.
         kwargs: Further arguments of the component.
     """
-    side = view[RECTANGLE[0]]
+    from_tallest = sorted(shapes.items(), key=lambda shape: shape[1][1] / shape[1][0])
     choices = "".join(_choice_input(row, side) for row in CHOICES if row.name in read)
     template = (HERE / "editor.html").read_text(encoding="utf-8")
     # not a subclass of a component, because Gradio would write a .pyi file next to its source
@@ -40,7 +44,8 @@ def view_editor(view: View, read: frozenset[str], **kwargs) -> gr.HTML:
         label="View",  # its name in the API
         side=side,
         reads=" ".join(sorted(read)),
-        picture="",
+        shapes=[[label, f"{size[0]}×{size[1]}", *size] for label, size in from_tallest],
+        picture=picture,
         **kwargs,
     )
 

@@ -4,8 +4,8 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from improved_ldm.conditioning.control import RECTANGLE
-from improved_ldm.demo.comparison import CHOICES, Settings, View, default_view
+from improved_ldm.conditioning.control import RECTANGLE, whole_image_size
+from improved_ldm.demo.comparison import CHOICES, SHAPE, Settings, View, default_view, shapes
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
 MAX_PROMPT = 1000  # characters
@@ -64,7 +64,9 @@ class Limits:
         self.control_guidance_scale = Range(0, 5)
         self.num_inference_steps = Range(1, max(100, steps), whole=True)
         self.side = Range(1, pipeline.default_original_side)
-        self.view = default_view(pipeline)
+        self.shapes = shapes(pipeline)
+        self.views = {label: default_view(pipeline, label) for label in self.shapes}  # the default ones, by shape
+        self.view = self.views[""]
 
     def check(
         self,
@@ -83,7 +85,7 @@ class Limits:
             guidance_scale: Guidance scale λ.
             control_guidance_scale: Guidance scale β of the control.
             num_inference_steps: Number of sampler steps.
-            view: A `View`, in which choices can be left out.
+            view: A `View`, in which the shape and choices can be left out.
 
         Raises:
             ValueError: If a value is out of bounds. The message names the first such value as the client does.
@@ -114,7 +116,7 @@ class Limits:
         return Range(0, self.num_classes - 1, whole=True).check("class_labels", label)
 
     def _check_view(self, view: Any) -> View:
-        choices = [row.name for row in CHOICES]
+        choices = [SHAPE, *(row.name for row in CHOICES)]
         if not isinstance(view, dict) or not set(RECTANGLE) <= view.keys() <= {*RECTANGLE, *choices}:
             raise ValueError(
                 f"`view` is {shown(view)}; it must be a record of {', '.join(RECTANGLE)} and optionally "
@@ -122,13 +124,15 @@ class Limits:
             )
         side_name = RECTANGLE[0]
         side = self.side.check(f"view.{side_name}", view[side_name])
-        for extent, start in (("height", "top"), ("width", "left")):
-            Range(1, side).check(f"view.{extent}", view[extent])
-            Range(0, side).check(f"view.{start}", view[start])
-            if view[start] + view[extent] > side * (1 + ROUNDING):
+        self._check_label(SHAPE, view.get(SHAPE, ""), list(self.shapes))
+        image = whole_image_size(self.shapes[view.get(SHAPE, "")], side)
+        for extent, start, whole in (("height", "top", image[0]), ("width", "left", image[1])):
+            Range(1, whole).check(f"view.{extent}", view[extent])
+            Range(0, whole).check(f"view.{start}", view[start])
+            if view[start] + view[extent] > whole * (1 + ROUNDING):
                 raise ValueError(
                     f"`view.{start}` is {shown(view[start])}; with `view.{extent}` {shown(view[extent])}, the crop "
-                    f"leaves the image, whose `view.{side_name}` is {shown(side)}."
+                    f"leaves the image, which has a {extent} of {shown(whole)} for `view.{side_name}` {shown(side)}."
                 )
         for row in CHOICES:
             if row.name not in view:
@@ -136,9 +140,14 @@ class Limits:
             choice = view[row.name]
             if row.is_switch and not isinstance(choice, bool):
                 raise ValueError(f"`view.{row.name}` is {shown(choice)}; it must be true or false.")
-            if not row.is_switch and choice not in (labels := ["", *row.shown((side, side))]):
-                raise ValueError(f"`view.{row.name}` is {shown(choice)}; it must be one of {labels}.")
+            if not row.is_switch:
+                self._check_label(row.name, choice, ["", *row.shown((side, side))])
         return {name: view.get(name, default) for name, default in self.view.items()}
+
+    @staticmethod
+    def _check_label(name: str, label: Any, labels: list[str]):
+        if label not in labels:
+            raise ValueError(f"`view.{name}` is {shown(label)}; it must be one of {labels}.")
 
 
 def shown(value: Any) -> str:

@@ -33,9 +33,18 @@ logger = logging.getLogger("improved_ldm.demo")
 
 def refuse(message: str) -> NoReturn:
     """Send a client a one-line error, and log the same line without a traceback."""
-    line = one_line(message).replace("<", "‹")  # a browser renders it as HTML, other clients as plain text
+    line = _line(message)
     logger.warning("refused: %s", line)
     raise gr.Error(line, print_exception=False)
+
+
+def warn(message: str):
+    """Show a visitor a one-line warning."""
+    gr.Warning(_line(message))
+
+
+def _line(message: str) -> str:
+    return one_line(message).replace("<", "‹")  # a browser renders it as HTML, other clients as plain text
 
 
 class Page(gr.Blocks):

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from improved_ldm.conditioning.control import VARIABLES, Control, ratio_warning, variables_read, whole_image_size
+from improved_ldm.conditioning.control import (
+    ASPECT_RATIO,
+    VARIABLES,
+    Control,
+    ratio_warning,
+    variables_read,
+    whole_image_size,
+)
 from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.conditioning.values import MAX_SIDE, plain, read_integer, read_per_sample, refuse
@@ -102,6 +109,12 @@ class SizesMixin:
             self.make_controls(1, *self.default_size, **given)[0],
         )
         return all(ranges.holds(row, control) for row in variables_read(given))
+
+    def saw_shape(self, height: int, width: int) -> bool:
+        """Whether it is known that the model was trained with images of this aspect ratio."""
+        ranges, controls = ControlRanges(self.config.control_seen), self.make_controls(1, height, width)
+        (row,) = variables_read({ASPECT_RATIO})
+        return controls is not None and ranges.is_known and ranges.holds(row, controls[0])
 
     def _warn_of_control(self, given: set[str], controls: list[Control]):
         """Say once of each given variable that never varied in training, if another value is asked for."""

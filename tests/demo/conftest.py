@@ -79,15 +79,15 @@ def open_page(browser):
     """Opens a page and checks for console errors, failed requests and requests to other servers at the end."""
 
     @contextmanager
-    def visit(address):
+    def visit(address, query=""):
         page = browser.new_page()
         problems = []
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("response", lambda response: response.status >= 400 and problems.append(response.url))
         page.on("request", lambda request: request.url.startswith((address, "data:")) or problems.append(request.url))
-        page.goto(address)
-        page.locator("#view canvas").wait_for()
+        page.goto(address + query)
+        page.locator("#view [name=crop]").wait_for()
         yield page
         page.close()
         assert problems == []

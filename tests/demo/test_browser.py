@@ -1,12 +1,18 @@
 """The demo for a visitor: a real process, the bundled pipeline and a real browser."""
 
 import io
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Page, expect
+
+from improved_ldm.conditioning.control import Control
+from improved_ldm.conditioning.control_ranges import ControlRanges
+from improved_ldm.demo.bundled import load_bundled
 
 SIDE = 28  # pixels of the whole image
 MARGIN, CANVAS = 15, 600  # canvas pixels
@@ -21,6 +27,19 @@ pytestmark = [
 def address(run_demo):
     """The address of a running demo."""
     with run_demo() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def shaped_address(run_demo, tmp_path_factory):
+    """The address of a demo of the bundled networks in a pipeline that is known to have seen three shapes."""
+    pipe, ranges = load_bundled(), ControlRanges({})
+    for size in ((24, 40), (40, 24)):
+        ranges.add(torch.tensor([Control.of_whole_image((28, 28), size, flip).to_row() for flip in (False, True)]))
+    pipe.register_to_config(control_seen=ranges.record())
+    folder = tmp_path_factory.mktemp("shaped")
+    pipe.save_pretrained(folder)
+    with run_demo(str(folder)) as (url, _):
         yield url
 
 
@@ -52,7 +71,7 @@ def _numbers(page: Page) -> list[float]:
 
 def _drag(page: Page, start: tuple[float, float], end: tuple[float, float]):
     """Drag on the canvas between two points (top, left) in pixels of the whole image."""
-    box = page.locator("#view canvas").bounding_box()
+    box = page.locator("#view [name=crop]").bounding_box()
     zoom = box["width"] / CANVAS
 
     def at(point):
@@ -69,10 +88,130 @@ def _has_handle_at(page: Page, top: float, left: float) -> bool:
     """Whether the canvas is opaque white at the centre of a handle."""
     x, y = (round(MARGIN + value / SIDE * (CANVAS - 2 * MARGIN)) for value in (left, top))
     read = f"canvas => [...canvas.getContext('2d').getImageData({x}, {y}, 1, 1).data]"
-    return page.locator("#view canvas").evaluate(read) == [255, 255, 255, 255]
+    return page.locator("#view [name=crop]").evaluate(read) == [255, 255, 255, 255]
+
+
+def _open_whole(page: Page):
+    """Ask for the default view instead of the first crop."""
+    page.click("#view [name=whole]")
+    assert _numbers(page) == [0, 0, SIDE, SIDE]
+
+
+def _bottom(page: Page, name: str) -> float:
+    box = page.locator(f"#{name}").bounding_box()
+    return box["y"] + box["height"]
+
+
+def test_the_page_opens_with_a_picture_and_the_first_press_draws_another(page):
+    first = {name: _image(page, f"#{name} img") for name in ("plain", "asked")}
+    assert all(image.shape == (32, 32, 3) and image.std() > 20 for image in first.values())
+    assert abs(first["plain"] - first["asked"]).mean() > 10  # the first view is a crop
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(1)
+    seed = int(page.input_value("#seed input"))
+    for press in (1, 2):
+        drawn = _draw(page)
+        assert all(abs(drawn[name] - first[name]).mean() > 3 for name in first)
+        expect(page.locator("#seed input")).to_have_value(str(seed + press))
+        first = drawn
+
+
+def test_the_steps_are_counted_on_the_picture(page):
+    page.fill("#steps input[type=number]", "60")
+    page.click("#draw")
+    expect(page.locator("#asked")).to_contain_text(re.compile(r"[1-5]?\d/60 steps"))
+    expect(page.locator("#gallery .thumbnail-item img")).to_have_count(2)
+    expect(page.locator("#asked")).not_to_contain_text("steps")
+
+
+def test_the_address_is_a_link_to_what_is_drawn(open_page, address):
+    with open_page(address) as page:
+        page.fill("#subject textarea", "a photo of a coat")
+        page.fill("#seed input", "11")
+        page.check("#view [name=flip]")
+        _drag(page, (8, 20), (20, 24))
+        drawn, numbers = _draw(page), _numbers(page)
+        page.wait_for_url("**seed=11**")
+        query = page.url.removeprefix(address)
+    with open_page(address, query) as page:
+        expect(page.locator("#gallery .thumbnail-item img")).to_have_count(2)
+        assert page.input_value("#subject textarea") == "a photo of a coat"
+        assert _numbers(page) == numbers
+        expect(page.locator("#view [name=flip]")).to_be_checked()
+        for name, image in drawn.items():
+            assert (_image(page, f"#{name} img") == image).all()
+
+
+@pytest.mark.parametrize(
+    ("query", "line"),
+    [
+        ("?seed=-5", "the link is not opened: `seed` is -5; it must be a whole number from 0 to 2147483647."),
+        ("?prompt=a+bag&guidance_scale=1e9", "`guidance_scale` is 1000000000.0; it must be a number from 1 to 10."),
+        ("?flip=<img+src=x+onerror=alert(1)>", "`view.flip` is '‹img src=x onerror=alert(1)>'; it must be true or"),
+    ],
+)
+def test_a_hostile_link_is_refused_and_says_why(open_page, address, query, line):
+    with open_page(address, query) as page:
+        expect(page.get_by_test_id("toast-body")).to_contain_text(line)
+        assert page.input_value("#subject textarea") == "a photo of an ankle boot"
+        expect(page.locator("#gallery .thumbnail-item img")).to_have_count(1)
+        assert _image(page, "#asked img").std() > 20
+
+
+def test_an_unknown_name_in_a_link_is_said_and_the_rest_is_drawn(open_page, address):
+    with open_page(address, "?seed=3&sede=4&__theme=light") as page:
+        expect(page.get_by_test_id("toast-body")).to_contain_text("the link has sede, which this page does not know")
+        expect(page.locator("#gallery .thumbnail-item img")).to_have_count(2)
+        expect(page.locator("#seed input")).to_have_value("3")
+
+
+def test_the_link_is_copied(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#link button")
+    expect(page.locator("#link button")).to_have_text("Copied")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link == page.url and "seed=7" in link
+
+
+def test_on_a_phone_the_picture_is_above_the_controls_and_stays_in_sight(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    pictures, draw = "#pictures", "#draw"
+    assert _bottom(page, "pictures") < page.locator("#subject").bounding_box()["y"]
+    for place in ("#subject", "#view [name=width]"):
+        page.locator(place).scroll_into_view_if_needed()
+        for name in (pictures, draw):
+            expect(page.locator(name)).to_be_in_viewport(ratio=0.9)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    drawn = _draw(page)
+    assert drawn["asked"].std() > 20
+    expect(page.locator("#asked img")).to_be_in_viewport(ratio=0.9)
+
+
+def test_a_shape_is_dragged_and_drawn(open_page, shaped_address):
+    with open_page(shaped_address) as page:
+        pad = page.locator("#view [name=shape]")
+        box = pad.bounding_box()
+        centre = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.move(centre[0] + 20, centre[1] + 20)
+        page.mouse.down()
+        page.mouse.move(centre[0] + 36, centre[1] + 21, steps=4)
+        page.mouse.up()
+        expect(page.locator("#view [name=size]")).to_have_value("24×40")
+        stage = page.locator("#view [name=crop]").bounding_box()
+        assert stage["width"] > 1.5 * stage["height"]
+        images = _draw(page)
+        assert images["plain"].shape == images["asked"].shape == (24, 40, 3)
+        page.wait_for_url("**shape=24x40**")
+        for key, size in (("ArrowLeft", "32×32"), ("ArrowLeft", "40×24"), ("ArrowLeft", "40×24")):
+            pad.press(key)
+            expect(page.locator("#view [name=size]")).to_have_value(size)
+
+
+def test_a_model_of_one_shape_has_no_pad(page):
+    expect(page.locator("#view [name=shape]")).to_be_hidden()
 
 
 def test_the_flip_mirrors_the_right_image_and_leaves_the_left_one(page):
+    _open_whole(page)
     before = _draw(page)
     assert before["plain"].shape == (32, 32, 3) and before["plain"].std() > 20
     assert (before["plain"] == before["asked"]).all()  # nothing is requested yet
@@ -84,7 +223,7 @@ def test_the_flip_mirrors_the_right_image_and_leaves_the_left_one(page):
 
 
 def test_the_crop_is_drawn_dragged_and_asked_for(page):
-    assert _numbers(page) == [0, 0, SIDE, SIDE]
+    _open_whole(page)
     _drag(page, (4, 6), (20, 24))  # a new rectangle
     assert _numbers(page) == [4, 6, 16, 18]
     assert _has_handle_at(page, 4, 6) and _has_handle_at(page, 20, 24) and not _has_handle_at(page, 0, 0)
@@ -101,6 +240,7 @@ def test_the_crop_is_drawn_dragged_and_asked_for(page):
 
 
 def test_typed_numbers_move_the_rectangle(page):
+    _open_whole(page)
     for name, value in {"height": "10", "width": "12", "top": "5", "left": "40"}.items():
         page.fill(f"#view [name={name}]", value)
         page.press(f"#view [name={name}]", "Enter")
@@ -113,6 +253,7 @@ def test_typed_numbers_move_the_rectangle(page):
 
 
 def test_a_small_original_size_takes_detail_away(page):
+    _open_whole(page)
     page.fill("#view [name=original_size]", "7")
     images = _draw(page)
     assert page.input_value("#view [name=side]") == "7"  # still shown after the image arrives
@@ -121,6 +262,7 @@ def test_a_small_original_size_takes_detail_away(page):
 
 
 def test_the_gallery_leads_back_to_what_was_drawn(page):
+    _open_whole(page)
     first = _draw(page)
     page.fill("#subject textarea", "a photo of a coat")
     page.fill("#seed input", "11")
@@ -132,13 +274,16 @@ def test_the_gallery_leads_back_to_what_was_drawn(page):
     assert captions == [
         "a photo of a coat · seed 11 · 28 px · crop 16×18 at 4, 6 · flip",
         "a photo of an ankle boot · seed 7",
+        "a photo of an ankle boot · seed 7 · 28 px · crop 18×18 at 6, 1",
     ]
     page.locator("#gallery .thumbnail-item").nth(1).click()
     expect(page.locator("#subject textarea")).to_have_value("a photo of an ankle boot")
     expect(page.locator("#seed input")).to_have_value("7")
     expect(page.locator("#view [name=flip]")).not_to_be_checked()
     expect(page.locator("#view [name=width]")).to_have_value(str(SIDE))
-    assert (_draw(page)["asked"] == first["asked"]).all()
+    for name, image in first.items():
+        assert (_image(page, f"#{name} img") == image).all()
+    page.wait_for_url("**seed=7**")
 
 
 def test_the_random_button_changes_the_seed(page):
@@ -155,7 +300,7 @@ def test_an_error_is_one_line_on_the_page(page):
 
 def test_the_page_fits_a_small_screen(page):
     _draw(page)
-    for name in ("head", "draw", "view", "plain", "asked", "gallery"):
+    for name in ("head", "about", "draw", "link", "view", "plain", "asked", "gallery", "guidance", "steps"):
         box = page.locator(f"#{name}").bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= 800 and box["x"] + box["width"] <= 1280
     style = "image => [getComputedStyle(image).imageRendering, getComputedStyle(image).objectFit]"

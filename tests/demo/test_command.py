@@ -6,7 +6,7 @@ import sys
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from improved_ldm.demo.__main__ import QUICKSTART, main
+from improved_ldm.demo.__main__ import QUICKSTART, load_pipeline, main
 from improved_ldm.demo.bundled import BUNDLED
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.trainer.config import RunConfig
@@ -69,10 +69,14 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         main([str(tmp_path)])
 
 
-def test_a_pipeline_of_samples_that_are_not_square_is_refused(class_pipeline, tmp_path):
+def test_a_pipeline_of_samples_that_are_not_square_is_loaded(class_pipeline, tmp_path):
     ImprovedLDMPipeline(**class_pipeline().components, default_size=(8, 16)).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"does not load: it samples 8x16 pixels; .* square images only"):
-        main([str(tmp_path)])
+    assert load_pipeline(str(tmp_path)).default_size == (8, 16)
+
+
+def test_a_first_prompt_that_cannot_be_is_named():
+    with pytest.raises(SystemExit, match=r"^the first images are not drawn: `prompt` has 1001 characters; it must"):
+        main([BUNDLED, "--prompt", "a" * 1001])
 
 
 def test_a_missing_gradio_is_named(monkeypatch):

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control
+from improved_ldm import ImprovedLDMPipeline
+from improved_ldm.conditioning.control import CONTROL_INPUTS, CONTROL_PARTS, Control, whole_image_size
+from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.demo.comparison import (
     CHOICES,
     Settings,
@@ -12,6 +14,7 @@ from improved_ldm.demo.comparison import (
     compare,
     default_view,
     described,
+    shapes,
     view_arguments,
     whole_view,
 )
@@ -27,13 +30,14 @@ def views(draw):
 
 
 def view_of(side, top, left, height, width, flip=False) -> View:
-    return {"original_size": side, "top": top, "left": left, "height": height, "width": width, "flip": flip}
+    rectangle = {"original_size": side, "top": top, "left": left, "height": height, "width": width}
+    return {**rectangle, "flip": flip, "shape": ""}
 
 
 @given(views())
 def test_every_view_inside_the_image_is_the_control_of_the_same_rectangle(view):
     control = Control(target_size=(8, 8), **view_arguments(view, CONTROL_INPUTS))
-    side, *rectangle, flip = view.values()
+    side, *rectangle, flip, _ = view.values()
     assert control.to_row()[:9] == [side, side, *rectangle, 8, 8, float(flip)]
 
 
@@ -78,6 +82,42 @@ def test_a_default_original_size_holds_for_the_plain_image(text_pipeline, settin
     pipe.register_to_config(default_original_size=5)
     plain, asked = compare(pipe, settings._replace(view=whole_view(5, CONTROL_INPUTS)))
     _assert_same(plain, asked)
+
+
+@pytest.fixture
+def shaped_pipeline(class_pipeline):
+    """A pipeline of 24 x 24 images, 3 x 3 patches, that is known to have seen aspect ratios from 1:2 to 2:1."""
+    ranges = ControlRanges({})
+    for size in ((12, 24), (24, 12)):
+        ranges.add(torch.tensor([Control.of_whole_image(size, size, flip).to_row() for flip in (False, True)]))
+    return ImprovedLDMPipeline(**class_pipeline().components, default_size=(24, 24), control_seen=ranges.record())
+
+
+def test_shapes_are_those_that_the_model_is_known_to_have_seen(class_pipeline, shaped_pipeline):
+    assert shapes(class_pipeline()) == {"": (8, 8)}  # nothing is known
+    assert shapes(shaped_pipeline) == {
+        "": (24, 24),
+        "32x16": (32, 16),
+        "28x20": (28, 20),
+        "20x28": (20, 28),
+        "16x32": (16, 32),
+    }
+    wide = ImprovedLDMPipeline(**shaped_pipeline.components, default_size=(16, 32))
+    labels, sizes = shapes(wide).keys(), list(shapes(wide).values())
+    assert sizes[0] == (16, 32) and "" in labels and "24x20" in labels and "16x32" not in labels
+    assert sizes[1:] == sorted(sizes[1:], key=lambda size: size[1] / size[0])
+
+
+def test_a_shape_is_drawn_and_its_whole_view_is_that_of_the_pipeline(shaped_pipeline, settings):
+    side = shaped_pipeline.default_original_side
+    for label, size in shapes(shaped_pipeline).items():
+        view = default_view(shaped_pipeline, label)
+        plain, asked = compare(shaped_pipeline, settings._replace(subject=1, view=view))
+        assert (plain.height, plain.width) == size
+        _assert_same(plain, asked)
+        arguments = view_arguments(view, CONTROL_INPUTS, size)
+        control = Control(target_size=size, **arguments)
+        assert control == Control.of_whole_image(whole_image_size(size, side), size)
 
 
 def test_progress_counts_the_steps(text_pipeline, settings):

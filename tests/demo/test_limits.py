@@ -126,3 +126,9 @@ def test_choices_that_are_left_out_are_as_by_default(class_pipeline):
     limits = Limits(class_pipeline(control_parts=CONTROL_PARTS))
     rectangle = {name: WHOLE[name] for name in RECTANGLE}
     assert limits.check(0, *GOOD[1:5], rectangle).view == limits.view
+
+
+@pytest.mark.parametrize("shape", ["9x9", None, 3, True, ["8x8"], "8×8"])
+def test_a_shape_is_one_of_the_pipeline(whole_limits, shape):
+    with pytest.raises(ValueError, match=r"^`view.shape` is .*; it must be one of \[''\]"):
+        whole_limits.check(0, *GOOD[1:5], WHOLE | {"shape": shape})

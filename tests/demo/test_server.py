@@ -12,7 +12,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from improved_ldm.demo.bundled import load_bundled
+from improved_ldm.demo import bundled
 from improved_ldm.demo.limits import MAX_PROMPT, shown
 from improved_ldm.demo.page import build_demo
 from improved_ldm.demo.server import MAX_BODY
@@ -39,6 +39,7 @@ BAD = [
     *[("view", WHOLE | {"original_size": value}) for value in ("9", NAN, INFINITE, 10**9, 0, 0.5, SIDE + 1)],
     *[("view", WHOLE | {extent: value}) for extent in ("height", "width") for value in (None, NAN, 0, 10**9)],
     *[("view", WHOLE | {start: value}) for start in ("top", "left") for value in ("0", NAN, 1, -1, 10**9)],
+    *[("view", WHOLE | {"shape": value}) for value in (None, 1, "9x9", ["24x40"])],
     *[("view", WHOLE | {"flip": value}) for value in (None, 1, "yes", [True])],
     ("view", WHOLE | {"original_size": 14, "height": 14, "width": 14, "left": 1}),
 ]
@@ -52,6 +53,13 @@ CLOSED_TO_GETS = (
     *("file={folder}", "file={folder}/", "file={folder}/a.png", "file/etc/passwd", "custom_component/a/b/c/d"),
     *("upload_progress?upload_id=a", "deep_link?session_hash=a", "stream/a/b/1/playlist.m3u8", "dev/reload", "runs"),
 )
+
+
+def load_bundled():
+    """The bundled pipeline with few steps, so that its page opens at once."""
+    pipe = bundled.load_bundled()
+    pipe.register_to_config(default_num_inference_steps=2)
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,8 @@ def _function(page, name) -> int:
 
 
 def _files(page) -> list[Path]:
-    return list(page.pictures.path.iterdir())
+    """The files besides those that the page opens with."""
+    return [file for file in page.pictures.path.iterdir() if file.stem not in ("plain", "asked")]
 
 
 def _wait_until(condition):
@@ -195,7 +204,27 @@ def test_a_choice_that_is_not_in_the_gallery_is_one_line(page, caplog, capfd, ch
     session = secrets.token_hex()
     body = {"data": [None], "fn_index": _function(page, "go_back"), "session_hash": session, "event_data": chosen}
     assert _post(page, "queue/join", json=body).status_code == 200
-    assert "the chosen drawing is not one of the 0 in the gallery." in _messages(page, session)
+    assert "the chosen drawing is not one of the 1 in the gallery." in _messages(page, session)
+    assert len(caplog.records) == 1 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("opened", "message"),
+    [
+        ({"query": "seed=-1"}, "`seed` is -1; it must be a whole number from 0 to 2147483647."),
+        ({"query": "seed=<b>"}, "`seed` is '‹b>'; it must be a whole number"),
+        ({"query": "seed=1&seed=2"}, "`seed` is given twice"),
+        ({"query": 7}, "it has no query."),
+        ({}, "it has no query."),
+        (None, "it has no query."),
+        (7, "it has no query."),
+    ],
+)
+def test_a_link_that_cannot_be_is_one_line(page, caplog, capfd, opened, message):
+    session = secrets.token_hex()
+    body = {"data": [], "fn_index": _function(page, "open_link"), "session_hash": session, "event_data": opened}
+    assert _post(page, "queue/join", json=body).status_code == 200
+    assert f"the link is not opened: {message}" in _messages(page, session)
     assert len(caplog.records) == 1 and capfd.readouterr().err == ""
 
 
@@ -250,13 +279,13 @@ def test_a_page_that_closes_leaves_no_drawings():
     page.launch(prevent_thread_lock=True, quiet=True)
     assert _call(page)[0] == "complete" and len(_files(page)) == 2
     page.close()
-    assert _files(page) == []
+    assert list(page.pictures.path.iterdir()) == []
 
 
 def test_a_full_queue_says_so(text_pipeline):
     pipe, may_draw = text_pipeline(), Event()
-    pipe.denoiser.register_forward_pre_hook(lambda *_: may_draw.wait(PATIENCE) and None)
     page = build_demo(pipe, queue=1)
+    pipe.denoiser.register_forward_pre_hook(lambda *_: may_draw.wait(PATIENCE) and None)
     page.launch(prevent_thread_lock=True, quiet=True)
     answers = []
     while not answers or answers[-1].status_code == 200:

@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 SCRIPTS = "improved_ldm.training"
-OF_THE_REPOSITORY = ("benchmark", "published", "render_cards", "reproduce")  # need its folders
+OF_THE_REPOSITORY = ("benchmark", "measure_emoji", "published", "render_cards", "reproduce")  # need its folders
 
 
 class BuildWithScripts(build_py):

@@ -13,14 +13,14 @@ SOFTWARE = "Software"  # a keyword of the PNG standard
 
 
 def picture_text(
-    semantic: dict[str, str | int], seed: int, control: dict[str, Any], model: str, **more: Any
+    semantic: dict[str, Any], seed: int | list[int], control: dict[str, Any], model: str, **more: Any
 ) -> dict[str, str]:
     """The text of a sampled picture, which is also the `metadata` that matplotlib's `savefig` takes.
 
     Args:
-        semantic: The prompt or the class by its name as the pipeline's argument.
-        seed: Seed of the noise.
-        control: Control arguments of the pipeline.
+        semantic: The prompt or the class by its name as the pipeline's argument; a list for a grid.
+        seed: Seed of the noise; a list for a grid.
+        control: Control arguments of the pipeline; for a grid, those of each column by its label.
         model: Name of the model, without local folders.
         more: Further settings of the pipeline's call.
 

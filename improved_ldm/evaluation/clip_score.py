@@ -85,6 +85,11 @@ class ClipScorer(MeasuringNetwork):
         check_pixels(pixels)
         return normalize(self.towers.encode_images(pixels.to(self.device, torch.float32)).float())
 
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """Embeddings (batch, dim) of prompts, float32, each of length 1."""
+        return normalize(self.towers.encode_texts(prompts, self.device).float())
+
 
 def open_clip_scorer(source: str, device: torch.device | str = "cpu") -> ClipScorer:
     """Open a CLIP model that scores images against prompts.

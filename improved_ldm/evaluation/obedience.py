@@ -22,6 +22,7 @@ NUM_REAL_IMAGES = 2000  # images of the test split that samples are compared wit
 # Original sizes in the test of detail, as fractions of the default. Below a half, the judge no longer recognises many
 # real images reduced to that size.
 SIZE_FRACTIONS = (1.0, 0.875, 0.75, 0.625, 0.5)
+MIRRORED = {"flip": True}  # control arguments of a mirrored image
 MAX_PROBE_IMAGES = 1000  # real images of the probe, half to fit it and half to test it
 
 
@@ -270,5 +271,5 @@ STEERINGS = {
         asked=lambda side: [crop.controls((side, side)) for crop in CORNERS],
         real=lambda pixels, side: (cropped(pixels, crop) for crop in CORNERS),
     ),
-    "flip": Steering("flip", asked=lambda side: [{"flip": True}], undone=lambda pixels: pixels.flip(-1)),
+    "flip": Steering("flip", asked=lambda side: [MIRRORED], undone=lambda pixels: pixels.flip(-1)),
 }

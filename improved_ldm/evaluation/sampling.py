@@ -18,6 +18,7 @@ from improved_ldm.data.images import read_image
 from improved_ldm.data.transforms import pixel_values, to_pixels
 from improved_ldm.evaluation.networks import weights_sha256
 from improved_ldm.evaluation.processes import own_batches, rank_and_world_size
+from improved_ldm.picture_text import picture_text, save_png
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.places import EXTENSIONS
 from improved_ldm.provenance import write_json, write_json_lines, write_whole
@@ -171,7 +172,8 @@ class Sampler:
                 if missing:
                     images = self._call(numbers, settings)
                     for number in missing:
-                        _save_whole(images[number - numbers.start], _file(folder, number))
+                        text = self._text(self.requests[number], settings)
+                        _save_whole(images[number - numbers.start], _file(folder, number), text)
                 bar.update(len(numbers))
 
     def _call(self, numbers: range, settings: SamplingSettings) -> list[Image.Image]:
@@ -179,6 +181,11 @@ class Sampler:
         control = {name: [request.control[name] for request in requests] for name in requests[0].control}
         semantics, seeds = [request.semantic for request in requests], [request.seed for request in requests]
         return call_pipeline(self.pipeline, semantics, seeds, **control, **asdict(settings))
+
+    def _text(self, request: Request, settings: SamplingSettings) -> dict[str, str]:
+        semantic = {self.pipeline.semantic_argument: request.semantic}
+        model = f"{type(self.pipeline.denoiser).__name__}, sha256 {self.identity['denoiser_sha256']}"
+        return picture_text(semantic, request.seed, request.control, model, **asdict(settings))
 
 
 def _identity(pipeline: ImprovedLDMPipeline) -> dict[str, Any]:
@@ -202,8 +209,8 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def _save_whole(image: Image.Image, file: Path):
-    write_whole(file, partial(image.save, format="PNG"))
+def _save_whole(image: Image.Image, file: Path, text: dict[str, str]):
+    write_whole(file, partial(save_png, image, text=text))
 
 
 def _begin_folder(folder: Path, record: dict[str, Any], requests: list[Request]):

@@ -13,6 +13,7 @@ from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.conditioning.control_row import Variable
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.models.denoiser import Denoiser
+from improved_ldm.picture_text import picture_text
 from improved_ldm.pipeline import ImprovedLDMPipeline
 from improved_ldm.resolution import side_of
 from improved_ldm.trainer.adapters import set_trained
@@ -60,8 +61,10 @@ def sample_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed
     Returns:
         The file.
     """
-    columns = {f"seed {one}": _sample(pipeline, rows, one, {}) for one in range(seed, seed + SEEDS)}
-    for label, arguments in control_variants(pipeline).items():
+    seeds = list(range(seed, seed + SEEDS))
+    columns = {f"seed {one}": _sample(pipeline, rows, one, {}) for one in seeds}
+    variants = control_variants(pipeline)
+    for label, arguments in variants.items():
         columns[f"seed {seed}\n{label}"] = _sample(pipeline, rows, seed, arguments)
     if pipeline.get_active_adapters():
         pipeline.disable_lora()
@@ -70,7 +73,7 @@ def sample_grid(pipeline: ImprovedLDMPipeline, rows: list[str] | list[int], seed
         finally:
             pipeline.enable_lora()
     labels = [row if isinstance(row, str) else pipeline.class_name(row) for row in rows]
-    save_grid(list(columns.values()), labels, list(columns), file)
+    save_grid(list(columns.values()), labels, list(columns), file, _text(pipeline, labels, seeds, variants))
     return file
 
 
@@ -112,7 +115,7 @@ def sample_control_grid(pipeline: ImprovedLDMPipeline, row: str | int, seed: int
     # one row of the grid per switch, with only that switch on
     rows = {switch: [switch == other for other in [None, *switches]] for switch in switches}
     columns = [_sample(pipeline, [row] * len(labels), seed, arguments | rows) for arguments in views.values()]
-    save_grid(columns, labels, list(views), file)
+    save_grid(columns, labels, list(views), file, _text(pipeline, [name], [seed], views))
     return file
 
 
@@ -144,7 +147,21 @@ def _sample(pipeline: ImprovedLDMPipeline, rows: list, seed: int, arguments: dic
     return call_pipeline(pipeline, rows, [seed] * len(rows), **arguments)
 
 
-def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], file: Path):
+def _text(
+    pipeline: ImprovedLDMPipeline, rows: list[str], seeds: list[int], control: dict[str, dict]
+) -> dict[str, str]:
+    model = f"{type(pipeline.denoiser).__name__}, {pipeline.denoiser.num_parameters():,} parameters"
+    views = {" ".join(label.split()): arguments for label, arguments in control.items()}
+    return picture_text({pipeline.semantic_argument: rows}, seeds, views, model)
+
+
+def save_grid(
+    columns: list[list[Image.Image]],
+    row_labels: list[str],
+    column_labels: list[str],
+    file: Path,
+    text: dict[str, str] | None = None,
+):
     """Save images as a grid with labels.
 
     Args:
@@ -152,6 +169,7 @@ def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_la
         row_labels: one per row, wrapped to the margin.
         column_labels: one per column.
         file: PNG file to write.
+        text: what the file says of how the images were made; see `picture_text`.
     """
     height, width = len(row_labels), len(columns)
     across, down = (side / side_of(columns[0][0].size) for side in columns[0][0].size)  # 1 for a square
@@ -165,7 +183,7 @@ def save_grid(columns: list[list[Image.Image]], row_labels: list[str], column_la
     for y, label in enumerate(row_labels):
         axes[y, 0].set_ylabel(_wrapped(label), fontsize=8, rotation=0, ha="right", va="center")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, metadata=text)
     pyplot.close(figure)
 
 

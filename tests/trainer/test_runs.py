@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import improved_ldm  # noqa: F401  registers the pipeline
 from improved_ldm.convert import disentangle
 from improved_ldm.models.family import DENOISERS
+from improved_ldm.picture_text import read_png_text
 from improved_ldm.trainer.meter import MEASURED
 from improved_ldm.trainer.nonfinite import NonFiniteLossError
 from improved_ldm.trainer.reports import read_history
@@ -42,6 +43,10 @@ def test_a_run_leaves_a_complete_folder(arguments, tmp_path):
         assert (folder / name).stat().st_size > 0, name
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["images_seen"] == 6 * 8
+    for name in ("samples.png", "control.png"):
+        made = read_png_text(folder / name)
+        assert "a photo of a" in made["prompt"] and json.loads(made["seed"])[0] == 0
+        assert "original_size" in made["control"] and made["model"].startswith("DiTDenoiser, ")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     image = pipeline("a photo of a sneaker", flip=True, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (32, 32)

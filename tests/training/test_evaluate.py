@@ -15,6 +15,7 @@ from improved_ldm.evaluation.judge import Judge
 from improved_ldm.evaluation.networks import MissingWeightsError
 from improved_ldm.evaluation.request import EvaluateConfig
 from improved_ldm.hub.card import write_card
+from improved_ldm.picture_text import read_png_text
 from improved_ldm.settings import ConfigError, parse_config
 from improved_ldm.trainer.config import RunConfig
 from tests import scripts
@@ -85,6 +86,9 @@ def test_a_number_states_what_it_depends_on(classes, tmp_path):
     assert metrics["scores"].keys() >= {"kid", "inception_score", "precision", "recall", "density", "coverage"}
     samples = metrics["samples"]
     assert samples["images"] == 10
+    made = read_png_text(tmp_path / "out" / "samples" / "000003.png")
+    assert (json.loads(made["seed"]), json.loads(made["control"])) == (8, {"flip": True})
+    assert json.loads(made["class_labels"]) in range(10) and "DiTDenoiser, sha256 " in made["model"]
     assert (samples["labels"], samples["seeds"], samples["control"]) == ("drawn", [5, 14], {"flip": True})
     assert (samples["num_inference_steps"], samples["guidance_scale"]) == (2, 2.0)
     assert (samples["control_guidance_scale"], samples["dtype"], samples["batch_size"]) == (1.0, "float32", 4)

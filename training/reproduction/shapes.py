@@ -16,6 +16,7 @@ from improved_ldm.data.sources import Rows, open_rows
 from improved_ldm.data.transforms import ImageTransform
 from improved_ldm.evaluation.sampling import call_pipeline
 from improved_ldm.hub.content import run_config
+from improved_ldm.picture_text import picture_text
 from improved_ldm.trainer.batches import image_transform
 from improved_ldm.trainer.components import build_objective
 from improved_ldm.trainer.config import RunConfig
@@ -133,12 +134,14 @@ def real_shapes(config: RunConfig) -> dict[str, float]:
 def draw_shapes(folders: dict[str, Path], config: RunConfig, seed: int, file: Path, **call):
     """Draw samples of the same prompts and seeds in several shapes, of pipelines by the names of their settings."""
     prompts = drawn_prompts(config, PICTURED_PROMPTS)
+    seeds = [seed * PICTURED_PROMPTS + number for number in range(len(prompts))]
     columns = {}
     for height, width in PICTURED:
         for name, folder in folders.items():
             pipeline = ImprovedLDMPipeline.from_pretrained(folder)
             pipeline.set_progress_bar_config(disable=True)
-            seeds = [seed * PICTURED_PROMPTS + number for number in range(len(prompts))]
             images = call_pipeline(pipeline, prompts, seeds, height=height, width=width, **call)
             columns[f"{name}\n{height} x {width}"] = images
-    save_grid(list(columns.values()), prompts, list(columns), file)
+    shapes = {f"{height} x {width}": {"height": height, "width": width} for height, width in PICTURED}
+    text = picture_text({"prompt": prompts}, seeds, shapes, ", ".join(folders), **call)
+    save_grid(list(columns.values()), prompts, list(columns), file, text)

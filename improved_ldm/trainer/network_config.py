@@ -41,7 +41,7 @@ class NewAutoencoderConfig(Section):
     """Residual layers per block."""
     norm_num_groups: Width = 8
     """Groups per normalization; `kl` only."""
-    latent_channels: Width = 16
+    latent_channels: Width = 4
     """Channels of the latents."""
     kl_weight: NotNegative = 3e-4
     """Weight of the KL divergence, which is a mean over latent values, in nats; `kl` only."""

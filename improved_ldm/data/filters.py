@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+MAX_SHOWN = 60  # characters of a pattern in a reason
+
 
 @dataclass(frozen=True)
 class RowFilter:
@@ -39,7 +41,7 @@ class RowFilter:
             size: function that reads the (height, width) of the image, pixels.
         """
         if self.caption_pattern is not None and captions is not None and not self._occurs_in(captions()):
-            return f"caption without {self.caption_pattern!r}"
+            return f"caption without {self._shown_pattern!r}"
         if self.reads_sizes:
             shorter, longer = sorted(size())
             if self.min_size is not None and shorter < self.min_size:
@@ -47,6 +49,11 @@ class RowFilter:
             if self.max_aspect is not None and longer > self.max_aspect * shorter:
                 return f"aspect ratio above {self.max_aspect:g}"
         return None
+
+    @property
+    def _shown_pattern(self) -> str:
+        pattern = self.caption_pattern
+        return pattern if len(pattern) <= MAX_SHOWN else f"{pattern[:MAX_SHOWN]}…"
 
     def _occurs_in(self, captions: list[str]) -> bool:
         return any(re.search(self.caption_pattern, caption) for caption in captions or [""])

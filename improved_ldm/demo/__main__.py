@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,6 @@ from improved_ldm.exits import ArgumentParser, exit_on_error, leave
 from improved_ldm.open_pipeline import open_pipeline
 from improved_ldm.pipeline import ImprovedLDMPipeline
 
-QUICKSTART = "runs/quickstart"  # where the quickstart saves its pipeline
 MAX_PORT = 2**16 - 1
 MAX_QUEUE = 1000
 
@@ -35,8 +33,8 @@ def main(argv: list[str]):
         "pipeline",
         metavar="FOLDER_OR_ID",
         nargs="?",
-        default=default_pipeline(),
-        help=f"trained folder or Hub id, or {BUNDLED}, the tiny pipeline of this package; default: %(default)s",
+        default=BUNDLED,
+        help=f"trained folder or Hub id, or {BUNDLED}, the small colour model of this package; default: %(default)s",
     )
     parser.add_argument("--port", type=_whole_number(MAX_PORT), help="default: the first free port from 7860")
     parser.add_argument(
@@ -87,11 +85,6 @@ def main(argv: list[str]):
         )
     except OSError as error:
         sys.exit(f"port {arguments.port} is in use; choose another with `--port`" if arguments.port else str(error))
-
-
-def default_pipeline() -> str:
-    """The pipeline of the quickstart if it exists in the working directory, or else the bundled one."""
-    return QUICKSTART if (Path(QUICKSTART) / "model_index.json").is_file() else BUNDLED
 
 
 def load_pipeline(place: str) -> ImprovedLDMPipeline:

@@ -52,7 +52,10 @@ class Owner:
         if not self.is_here:
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > CLOCK_SECONDS
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:  # killed in a container whose first process never waits
+                return True
+            return abs(process.create_time() - self.started) > CLOCK_SECONDS
         except psutil.NoSuchProcess:
             return True
 

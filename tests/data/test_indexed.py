@@ -191,6 +191,7 @@ def test_the_sizes_of_a_large_set_are_kept(tmp_path, monkeypatch):
         (RowFilter(min_size=19), {0, 4}, "shorter side below 19 pixels"),
         (RowFilter(max_aspect=2), {0, 1, 2, 4}, "aspect ratio above 2"),
         (RowFilter(caption_pattern="^[0-4]?[0-9]$"), set(range(5)), "caption without '^[0-4]?[0-9]$'"),
+        (RowFilter(caption_pattern=f"^({'x|' * 99}[0-4]?[0-9])$"), set(range(5)), f"caption without '^({'x|' * 29}…'"),
     ],
 )
 def test_a_filter_leaves_out_rows_and_counts_them(tmp_path, wanted, kept, reason):

@@ -14,7 +14,8 @@ from improved_ldm.conditioning.control import Control
 from improved_ldm.conditioning.control_ranges import ControlRanges
 from improved_ldm.demo.bundled import load_bundled
 
-SIDE = 28  # pixels of the whole image
+SIDE = 128  # pixels of the whole image
+FIRST, OTHER = "fox, 3D style", "red apple, flat style"  # prompts
 MARGIN, CANVAS = 15, 600  # canvas pixels
 
 pytestmark = [
@@ -34,8 +35,8 @@ def address(run_demo):
 def shaped_address(run_demo, tmp_path_factory):
     """The address of a demo of the bundled networks in a pipeline that is known to have seen three shapes."""
     pipe, ranges = load_bundled(), ControlRanges({})
-    for size in ((24, 40), (40, 24)):
-        ranges.add(torch.tensor([Control.of_whole_image((28, 28), size, flip).to_row() for flip in (False, True)]))
+    for size in ((96, 160), (160, 96)):
+        ranges.add(torch.tensor([Control.of_whole_image((SIDE, SIDE), size, flip).to_row() for flip in (False, True)]))
     pipe.register_to_config(control_seen=ranges.record())
     folder = tmp_path_factory.mktemp("shaped")
     pipe.save_pretrained(folder)
@@ -104,7 +105,7 @@ def _bottom(page: Page, name: str) -> float:
 
 def test_the_page_opens_with_a_picture_and_the_first_press_draws_another(page):
     first = {name: _image(page, f"#{name} img") for name in ("plain", "asked")}
-    assert all(image.shape == (32, 32, 3) and image.std() > 20 for image in first.values())
+    assert all(image.shape == (SIDE, SIDE, 3) and image.std() > 20 for image in first.values())
     assert abs(first["plain"] - first["asked"]).mean() > 10  # the first view is a crop
     expect(page.locator("#gallery .thumbnail-item")).to_have_count(1)
     seed = int(page.input_value("#seed input"))
@@ -125,16 +126,16 @@ def test_the_steps_are_counted_on_the_picture(page):
 
 def test_the_address_is_a_link_to_what_is_drawn(open_page, address):
     with open_page(address) as page:
-        page.fill("#subject textarea", "a photo of a coat")
+        page.fill("#subject textarea", OTHER)
         page.fill("#seed input", "11")
         page.check("#view [name=flip]")
-        _drag(page, (8, 20), (20, 24))
+        _drag(page, (32, 80), (80, 96))
         drawn, numbers = _draw(page), _numbers(page)
         page.wait_for_url("**seed=11**")
         query = page.url.removeprefix(address)
     with open_page(address, query) as page:
         expect(page.locator("#gallery .thumbnail-item img")).to_have_count(2)
-        assert page.input_value("#subject textarea") == "a photo of a coat"
+        assert page.input_value("#subject textarea") == OTHER
         assert _numbers(page) == numbers
         expect(page.locator("#view [name=flip]")).to_be_checked()
         for name, image in drawn.items():
@@ -145,14 +146,14 @@ def test_the_address_is_a_link_to_what_is_drawn(open_page, address):
     ("query", "line"),
     [
         ("?seed=-5", "the link is not opened: `seed` is -5; it must be a whole number from 0 to 2147483647."),
-        ("?prompt=a+bag&guidance_scale=1e9", "`guidance_scale` is 1000000000.0; it must be a number from 1 to 10."),
+        ("?prompt=a+fox&guidance_scale=1e9", "`guidance_scale` is 1000000000.0; it must be a number from 1 to 10."),
         ("?flip=<img+src=x+onerror=alert(1)>", "`view.flip` is '‹img src=x onerror=alert(1)>'; it must be true or"),
     ],
 )
 def test_a_hostile_link_is_refused_and_says_why(open_page, address, query, line):
     with open_page(address, query) as page:
         expect(page.get_by_test_id("toast-body")).to_contain_text(line)
-        assert page.input_value("#subject textarea") == "a photo of an ankle boot"
+        assert page.input_value("#subject textarea") == FIRST
         expect(page.locator("#gallery .thumbnail-item img")).to_have_count(1)
         assert _image(page, "#asked img").std() > 20
 
@@ -195,13 +196,13 @@ def test_a_shape_is_dragged_and_drawn(open_page, shaped_address):
         page.mouse.down()
         page.mouse.move(centre[0] + 36, centre[1] + 21, steps=4)
         page.mouse.up()
-        expect(page.locator("#view [name=size]")).to_have_value("24×40")
+        expect(page.locator("#view [name=size]")).to_have_value("96×160")
         stage = page.locator("#view [name=crop]").bounding_box()
         assert stage["width"] > 1.5 * stage["height"]
         images = _draw(page)
-        assert images["plain"].shape == images["asked"].shape == (24, 40, 3)
-        page.wait_for_url("**shape=24x40**")
-        for key, size in (("ArrowLeft", "32×32"), ("ArrowLeft", "40×24"), ("ArrowLeft", "40×24")):
+        assert images["plain"].shape == images["asked"].shape == (96, 160, 3)
+        page.wait_for_url("**shape=96x160**")
+        for key, size in (("ArrowLeft", "128×128"), ("ArrowLeft", "160×96"), ("ArrowLeft", "160×96")):
             pad.press(key)
             expect(page.locator("#view [name=size]")).to_have_value(size)
 
@@ -213,7 +214,7 @@ def test_a_model_of_one_shape_has_no_pad(page):
 def test_the_flip_mirrors_the_right_image_and_leaves_the_left_one(page):
     _open_whole(page)
     before = _draw(page)
-    assert before["plain"].shape == (32, 32, 3) and before["plain"].std() > 20
+    assert before["plain"].shape == (SIDE, SIDE, 3) and before["plain"].std() > 20
     assert (before["plain"] == before["asked"]).all()  # nothing is requested yet
     page.check("#view [name=flip]")
     after = _draw(page)
@@ -224,13 +225,13 @@ def test_the_flip_mirrors_the_right_image_and_leaves_the_left_one(page):
 
 def test_the_crop_is_drawn_dragged_and_asked_for(page):
     _open_whole(page)
-    _drag(page, (4, 6), (20, 24))  # a new rectangle
-    assert _numbers(page) == [4, 6, 16, 18]
-    assert _has_handle_at(page, 4, 6) and _has_handle_at(page, 20, 24) and not _has_handle_at(page, 0, 0)
-    _drag(page, (12, 15), (15, 11))  # the rectangle as a whole
-    assert _numbers(page) == [7, 2, 16, 18]
-    _drag(page, (23, 20), (40, 16))  # its lower right corner, dragged beyond the image
-    assert _numbers(page) == [7, 2, SIDE - 7, 14]
+    _drag(page, (16, 24), (80, 96))  # a new rectangle
+    assert _numbers(page) == [16, 24, 64, 72]
+    assert _has_handle_at(page, 16, 24) and _has_handle_at(page, 80, 96) and not _has_handle_at(page, 0, 0)
+    _drag(page, (48, 60), (60, 44))  # the rectangle as a whole
+    assert _numbers(page) == [28, 8, 64, 72]
+    _drag(page, (92, 80), (150, 64))  # its lower right corner, dragged beyond the image
+    assert _numbers(page) == [28, 8, SIDE - 28, 56]
     images = _draw(page)
     assert abs(images["plain"] - images["asked"]).mean() > 10
     page.click("#view [name=whole]")
@@ -241,22 +242,22 @@ def test_the_crop_is_drawn_dragged_and_asked_for(page):
 
 def test_typed_numbers_move_the_rectangle(page):
     _open_whole(page)
-    for name, value in {"height": "10", "width": "12", "top": "5", "left": "40"}.items():
+    for name, value in {"height": "40", "width": "48", "top": "20", "left": "140"}.items():
         page.fill(f"#view [name={name}]", value)
         page.press(f"#view [name={name}]", "Enter")
-    assert _numbers(page) == [5, SIDE - 12, 10, 12]  # the rectangle is kept inside the image
-    assert _has_handle_at(page, 5, SIDE - 12) and _has_handle_at(page, 15, SIDE)
-    page.fill("#view [name=original_size]", "14")
-    assert _numbers(page) == [2.5, 8, 5, 6]  # the same part of a smaller image
-    assert page.input_value("#view [name=side]") == "14"
-    assert _has_handle_at(page, 5, SIDE - 12)
+    assert _numbers(page) == [20, SIDE - 48, 40, 48]  # the rectangle is kept inside the image
+    assert _has_handle_at(page, 20, SIDE - 48) and _has_handle_at(page, 60, SIDE)
+    page.fill("#view [name=original_size]", "64")
+    assert _numbers(page) == [10, 40, 20, 24]  # the same part of a smaller image
+    assert page.input_value("#view [name=side]") == "64"
+    assert _has_handle_at(page, 20, SIDE - 48)
 
 
 def test_a_small_original_size_takes_detail_away(page):
     _open_whole(page)
-    page.fill("#view [name=original_size]", "7")
+    page.fill("#view [name=original_size]", "24")
     images = _draw(page)
-    assert page.input_value("#view [name=side]") == "7"  # still shown after the image arrives
+    assert page.input_value("#view [name=side]") == "24"  # still shown after the image arrives
     edges = {name: abs(np.diff(image[..., 0], axis=1)).max() for name, image in images.items()}
     assert edges["asked"] < 0.7 * edges["plain"]
 
@@ -264,20 +265,20 @@ def test_a_small_original_size_takes_detail_away(page):
 def test_the_gallery_leads_back_to_what_was_drawn(page):
     _open_whole(page)
     first = _draw(page)
-    page.fill("#subject textarea", "a photo of a coat")
+    page.fill("#subject textarea", OTHER)
     page.fill("#seed input", "11")
     page.check("#view [name=flip]")
-    _drag(page, (4, 6), (20, 24))
+    _drag(page, (16, 24), (80, 96))
     second = _draw(page)
     assert (first["plain"] != second["plain"]).any()
     captions = page.locator("#gallery .caption-label").all_inner_texts()
     assert captions == [
-        "a photo of a coat · seed 11 · 28 px · crop 16×18 at 4, 6 · flip",
-        "a photo of an ankle boot · seed 7",
-        "a photo of an ankle boot · seed 7 · 28 px · crop 18×18 at 6, 1",
+        f"{OTHER} · seed 11 · 128 px · crop 64×72 at 16, 24 · flip",
+        f"{FIRST} · seed 7",
+        f"{FIRST} · seed 7 · 128 px · crop 83×83 at 26, 6",
     ]
     page.locator("#gallery .thumbnail-item").nth(1).click()
-    expect(page.locator("#subject textarea")).to_have_value("a photo of an ankle boot")
+    expect(page.locator("#subject textarea")).to_have_value(FIRST)
     expect(page.locator("#seed input")).to_have_value("7")
     expect(page.locator("#view [name=flip]")).not_to_be_checked()
     expect(page.locator("#view [name=width]")).to_have_value(str(SIDE))

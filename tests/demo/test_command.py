@@ -1,4 +1,4 @@
-"""The demo's command: what it opens by default, and its errors if it cannot open a page."""
+"""The demo's command: its errors if it cannot open a page."""
 
 import socket
 import sys
@@ -6,14 +6,9 @@ import sys
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from improved_ldm.demo.__main__ import QUICKSTART, load_pipeline, main
+from improved_ldm.demo.__main__ import load_pipeline, main
 from improved_ldm.demo.bundled import BUNDLED
 from improved_ldm.pipeline import ImprovedLDMPipeline
-from improved_ldm.trainer.config import RunConfig
-
-
-def test_the_default_is_where_the_quickstart_leaves_its_pipeline():
-    assert RunConfig().output_dir == QUICKSTART
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@ import re
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
 from improved_ldm.conditioning.control import CONTROL_PARTS
-from improved_ldm.demo.bundled import about_bundled, load_bundled
+from improved_ldm.demo.bundled import FOLDER, about_bundled, load_bundled
 from improved_ldm.demo.comparison import CHOICES
 from improved_ldm.demo.editor import picture_url
 from improved_ldm.demo.page import build_demo
@@ -72,8 +73,11 @@ def test_a_page_sends_no_statistics(text_pipeline):
 
 def test_the_bundled_pipeline_is_small_and_says_so():
     pipe = load_bundled()
-    assert pipe.denoiser.num_parameters() < 2e6 and pipe.denoiser.dtype == pipe.vae.dtype
-    assert "tiny" in about_bundled()
+    assert pipe.denoiser.num_parameters() < 6e6
+    assert {pipe.denoiser.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+    assert size < 12e6
+    assert "small model" in about_bundled() and "minutes" in about_bundled()
 
 
 def _draw(demo, seed=3, view=None, history=()):

@@ -18,7 +18,7 @@ from improved_ldm.demo.page import build_demo
 from improved_ldm.demo.server import MAX_BODY
 
 PATIENCE = 60  # seconds
-SIDE = 28  # pixels of the whole image
+SIDE = 128  # pixels of the whole image
 WHOLE = {"original_size": SIDE, "top": 0, "left": 0, "height": SIDE, "width": SIDE, "flip": False}
 FEW = {"num_inference_steps": 2}
 DEFAULTS = {"prompt": "a bag", "seed": 7, "guidance_scale": 2, "control_guidance_scale": 1, **FEW, "view": WHOLE}

@@ -5,8 +5,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from improved_ldm.hub.repository import HubError
@@ -162,6 +165,18 @@ def test_an_owner_is_read_from_its_name():
     assert Owner.from_text(str(owner)) == owner and not owner.is_gone
     assert Owner.from_text("anything") is None
     assert Owner("my-host.local", 3, 4) == Owner.from_text("my-host.local-3-4")
+
+
+def test_a_killed_process_that_nobody_waits_for_is_gone():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    owner = Owner(socket.gethostname(), child.pid, int(psutil.Process(child.pid).create_time()))
+    assert not owner.is_gone
+    child.kill()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert owner.is_gone
+    child.wait()
+    assert owner.is_gone
 
 
 def test_a_lock_that_names_no_process_is_taken_over(tmp_path):

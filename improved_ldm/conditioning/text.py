@@ -71,17 +71,19 @@ def encode_prompts(
     text_encoder: PreTrainedModel,
     max_length: int,
     device: torch.device | str | None = None,
+    warn: bool = True,
 ) -> TextTokens:
     """Encode prompts with any Hugging Face text encoder (CLIP, T5, BERT and similar).
 
     Gradients are computed only if the encoder is in training mode.
 
     Args:
-        prompts: Prompts; those longer than `max_length` tokens are truncated, with a warning.
+        prompts: Prompts; those longer than `max_length` tokens are truncated.
         tokenizer: Tokenizer of the text encoder.
         text_encoder: Model whose output has `last_hidden_state`.
         max_length: L, tokens per prompt.
         device: Device of the computation, if it differs from the device of the weights (offloading).
+        warn: Whether truncated prompts are warned of.
 
     Returns:
         Tokens of shape (len(prompts), `max_length`, text_dim); equal prompts are encoded once. The pooled vector is
@@ -91,7 +93,7 @@ def encode_prompts(
     with TOKENIZING:
         longest = max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"])
         inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    if longest > max_length:  # no prompt in the message, so that the warning appears once per length
+    if warn and longest > max_length:  # no prompt in the message, so that the warning appears once per length
         warnings.warn(f"prompts of more than {max_length} tokens are cut to {max_length}", stacklevel=2)
     inputs = inputs.to(device or text_encoder.device)
     mask = inputs.attention_mask.bool()

@@ -110,8 +110,8 @@ class SampleEncoder:
         return encode_images(self.vae, pixel_values(pixels.to(self.vae.device, non_blocking=True)), seeds=seeds)
 
     def text(self, captions: list[str]) -> TextTokens:
-        """The tokens of captions."""
-        return encode_prompts(captions, self.tokenizer, self.text_encoder, self.max_tokens)
+        """The tokens of captions; a run says before it begins how many captions are truncated."""
+        return encode_prompts(captions, self.tokenizer, self.text_encoder, self.max_tokens, warn=False)
 
 
 class EncodingLoader:

@@ -25,12 +25,13 @@ def first_prompt() -> str:
 
 def about_bundled() -> str:
     """A description of the bundled pipeline with its measured numbers."""
-    trained, measured = _read("metrics.json"), _read("measured.json")["seen"]
+    measured = _read("measured.json")
+    seen, held_out = (measured[name]["thing_right"] for name in ("seen", "held_out"))
+    parameters, knows = _read("metrics.json")["parameters"], _read("opening.json")["knows"]
     return (
-        f"A small model: {trained['parameters'] / 1e6:.1f} M parameters, trained in {trained['seconds'] / 60:.0f} "
-        f"minutes on one CPU core. It knows {_read('opening.json')['knows']}, and nothing else; "
-        f"{measured['thing_right']:.0%} of its drawings show the thing that was asked for, and "
-        f"{measured['style_right']:.0%} have the style."
+        f"A small model: {parameters / 1e6:.1f} M parameters, trained on one CPU core. It knows {knows}, and nothing "
+        f"else. Of the combinations that it was trained on, {seen:.0%} of the drawings show the thing that was asked "
+        f"for; of new ones, {held_out:.0%}."
     )
 
 

@@ -141,7 +141,7 @@ class HeldOutImages:
         if batch.captions is None:
             return batch.encoded
         encoder = self.encoder
-        text = encode_prompts(batch.captions, encoder.tokenizer, model.text_encoder, encoder.max_tokens)
+        text = encode_prompts(batch.captions, encoder.tokenizer, model.text_encoder, encoder.max_tokens, warn=False)
         return replace(batch.encoded, text=text).to(batch.seeds.device)
 
 

@@ -16,7 +16,7 @@ from improved_ldm.trainer.sections import ValidationConfig
 from improved_ldm.trainer.task_config import TaskConfig
 
 SPLITS = ("validation", "test")  # in the order in which they are looked for
-NO_SPLIT = f"`data` is not a local set with a split {' or '.join(SPLITS)}"
+NO_SPLIT = f"`data` has no local split {' or '.join(SPLITS)}"
 
 
 @dataclass(frozen=True)

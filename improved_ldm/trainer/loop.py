@@ -105,8 +105,8 @@ def train(
     if validation is not None:
         validation.resume(first_step)
     if first_step:
-        goes_on = "training resumes from there" if first_step < config.steps else "no step is left to train"
-        run.say(f"{run.named_step(first_step)} is done; {goes_on}")
+        at = run.named_step(first_step)
+        run.say(f"resuming after {at}" if first_step < config.steps else f"{at} is done; no step is left to train")
     first_skipped = FirstSkipped(run.folder / NONFINITE, accelerator.process_index, accelerator.device)
 
     def randomness_of(step: int) -> StepRandomness:

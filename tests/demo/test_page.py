@@ -77,7 +77,7 @@ def test_the_bundled_pipeline_is_small_and_says_so():
     assert {pipe.denoiser.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
     size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
     assert size < 12e6
-    assert "small model" in about_bundled() and "minutes" in about_bundled()
+    assert "small model" in about_bundled() and "tropical fish" in about_bundled()
 
 
 def _draw(demo, seed=3, view=None, history=()):

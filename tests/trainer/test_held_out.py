@@ -178,11 +178,11 @@ REFUSED = {
     ),
     "asked for without a split": (
         lambda folder: config_of(folder / "train.parquet", every=5),
-        r"`validation\.every` is 5, but `data` is not a local set with a split validation or test; give",
+        r"`validation\.every` is 5, but `data` has no local split validation or test; give",
     ),
     "distances without a split": (
         lambda folder: config_of(folder / "train.parquet", samples_every=5),
-        r"`validation\.samples_every` is 5, but `data` is not",
+        r"`validation\.samples_every` is 5, but `data` has no",
     ),
     "a split of the Hub that is not given": (
         lambda folder: config_of(folder, source="user/name"),

@@ -245,7 +245,7 @@ def test_few_images_and_none_are_said(held_out, images, tmp_path, capsys):
     assert f"held-out loss every 2 steps and at the end, on {NUM_HELD_OUT} images, all that there are of 50: " in said
     words = held_out("none", **{"data.source": images / "train.parquet", "training.steps": 1})
     script.main([word for word in words if "validation" not in word])
-    assert "no held-out loss: `data` is not a local set with a split validation or test;" in capsys.readouterr().out
+    assert "no held-out loss: `data` has no local split validation or test;" in capsys.readouterr().out
     assert not (tmp_path / "none" / VALIDATION).exists()
 
 

@@ -94,7 +94,7 @@ def test_behind_a_prefix_the_page_opens_and_draws(open_page, address):
     with open_page(address) as page:
         _draw(page)
         loaded = "image => image.complete && image.naturalWidth"
-        assert page.locator("#asked img").evaluate(loaded) == 32
+        assert page.locator("#asked img").evaluate(loaded) == 128
 
 
 def test_the_drawings_go_when_the_tab_is_closed(open_page, address, demo):

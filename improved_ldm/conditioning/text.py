@@ -91,9 +91,9 @@ def encode_prompts(
     """
     prompts, index = unique_prompts(prompts)
     with TOKENIZING:
-        longest = max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"])
         inputs = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    if warn and longest > max_length:  # no prompt in the message, so that the warning appears once per length
+        is_cut = warn and max(len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]) > max_length
+    if is_cut:  # no prompt in the message, so that the warning appears once per length
         warnings.warn(f"prompts of more than {max_length} tokens are cut to {max_length}", stacklevel=2)
     inputs = inputs.to(device or text_encoder.device)
     mask = inputs.attention_mask.bool()

@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -140,11 +139,7 @@ def test_control_is_judged_where_the_judge_knows_the_data(trained, tmp_path):
 def test_a_killed_run_draws_what_is_missing(classes, tmp_path):
     many = DRAWN | {"pipeline": classes, "num_samples": 24, "num_inference_steps": 300}
     process = launch(tmp_path / "killed", many)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "samples" / "000003.png").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    scripts.wait_for(tmp_path / "killed" / "samples" / "000003.png", process)
     process.kill()
     process.wait()
     there = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "samples").glob("*.png")}

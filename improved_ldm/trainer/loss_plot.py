@@ -10,6 +10,7 @@ from improved_ldm.provenance import write_whole
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 PICTURE = "loss.png"
 
@@ -34,6 +35,9 @@ def plot_loss(history: list[dict[str, Any]], held_out: list[dict[str, Any]], fil
         _draw_levels(axes[0, 1], held_out)
     for panel in axes.flat:
         panel.set(xscale="log", yscale="log", xlabel="images seen")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels that do not overlap
+        panel.xaxis.set_major_formatter(EngFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(True, which="both", alpha=0.2)
     axes[0, 0].set(ylabel="loss")
     write_whole(file, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
